@@ -1,0 +1,409 @@
+"""PixPro, the whole method in one file: pixel-level consistency for unsupervised pre-training.
+
+"Propagate Yourself", Xie, Lin, Zhang, Cao, Lin, Hu; CVPR 2021; arXiv 2011.10043. In the paper's order:
+
+1. Two random crops of an image become two views; each remembers its box in the image (Sec. 3.1).
+2. A "pixel" is a cell of the encoder's map. Pixels of both views that lie close in the image are positives (Eq. 1).
+3. PixContrast is InfoNCE over the pixels of one image (Eq. 2).
+4. PixPro has no negatives: the online map, smoothed by the pixel propagation module (Eq. 3, 4),
+   shall agree with the other view's plain map from the momentum encoder (Eq. 5).
+5. An instance-level loss may share the backbone (Eq. 6).
+
+symbol      name                         shape          what it is
+x           x                            [N, C, H, W]   map of the online encoder (backbone and projector)
+x'          x_prime                      [N, C, H, W]   map of the momentum encoder for the other view
+y           y                            [N, C, H, W]   x after propagation
+A           positives                    [N, HW, HW]    bool; rows are pixels of this view, columns of the other
+T           threshold                    number         largest distance of a positive pair, in bin diagonals
+tau         temperature                  number         of Eq. 2
+s, gamma    s, gamma                     [N, HW, HW]    similarity within one map, and its exponent
+g           PixelPropagation.transform   module         num_layers 1x1 convolutions
+alpha       instance_weight              number         weight of the instance-level loss
+m           m, momentum_at               number         share of itself that the momentum encoder keeps
+
+N is the batch; pixels are counted row by row, i = row * W + column.
+
+Differences to the authors' code, each for the paper's sake: Eq. 1 has <=, not <, and measures in the image, not on
+axes normalised one by one; the loss is Eq. 5, not twice Eq. 5; images without positives are left out of the mean
+and do not count as 0; s is exactly 0 for cosines <= 0, at gamma < 1 too; heads are 2048 wide, not 4096; PixContrast
+exists. Where the paper is silent the code decides: g(x_j) is L2-normalised in Eq. 3, the larger of two bin diagonals
+counts in Eq. 1, the instance-level loss has no negatives.
+"""
+
+import copy
+import difflib
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import torchvision.models
+from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.transforms import v2
+
+# ------------------------------------ Views (Sec. 3.1) ------------------------------------
+
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet's RGB values in [0, 1]
+STD = (0.229, 0.224, 0.225)
+
+
+class TwoViews:
+    """Two random views of an image, and where they lie in it (Sec. 3.1; colours of BYOL, as in the authors' code).
+
+    Takes an RGB uint8 tensor [3, H, W] or a PIL image. Returns view_1, view_2: float [3, size, size], normalised by
+    MEAN and STD; and box_1, box_2: [4] = (x0, y0, x1, y1), the crop's edges in pixels of the image, x0 > x1 for a
+    mirrored view. Draws from torch's global generator. Raises TypeError and ValueError for anything else.
+    """
+
+    def __init__(self, size=224, scale=(0.08, 1.0)):
+        self.size = size
+        self.scale = scale
+        self.colour_1 = random_colour(blur=1.0, solarize=0.0)
+        self.colour_2 = random_colour(blur=0.1, solarize=0.2)
+
+    def __call__(self, image):
+        if hasattr(image, "convert"):  # PIL, any mode
+            image = v2.functional.pil_to_tensor(image.convert("RGB"))  # [3, H, W]
+        if getattr(image, "dtype", None) != torch.uint8:
+            raise TypeError(f"expected a uint8 tensor or a PIL image, found {getattr(image, 'dtype', type(image))}")
+        if image.dim() != 3 or image.shape[0] != 3:
+            raise ValueError(f"expected an RGB image [3, H, W], found {list(image.shape)}")
+        view_1, box_1 = self.crop(image)
+        view_2, box_2 = self.crop(image)
+        return self.colour_1(view_1), self.colour_2(view_2), box_1, box_2
+
+    def crop(self, image):
+        """A random crop, resized and half of the time mirrored: [3, H, W] -> view [3, size, size], box [4]."""
+        top, left, height, width = v2.RandomResizedCrop.get_params(image, self.scale, ratio=(3 / 4, 4 / 3))
+        view = v2.functional.resized_crop(image, top, left, height, width, [self.size, self.size])
+        box = torch.tensor([left, top, left + width, top + height], dtype=torch.float32)
+        if torch.rand(()) < 0.5:
+            view, box = v2.functional.horizontal_flip(view), box[[2, 1, 0, 3]]
+        return view, box
+
+
+def random_colour(blur, solarize):
+    """Colour changes with these probabilities of blur and solarisation, then normalisation."""
+    return v2.Compose([
+        v2.ToDtype(torch.float32, scale=True),
+        v2.RandomApply([v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)], p=0.8),
+        v2.RandomGrayscale(p=0.2),
+        v2.RandomApply([random_blur], p=blur),
+        v2.RandomSolarize(threshold=128 / 255, p=solarize),
+        v2.Normalize(MEAN, STD),
+    ])
+
+
+def random_blur(view):
+    """Gaussian blur with sigma ~ U(0.1, 2) pixels: along the columns, then along the rows."""
+    sigma = torch.empty(()).uniform_(0.1, 2.0).item()
+    taps = 2 * math.ceil(3 * sigma) + 1
+    view = v2.functional.gaussian_blur(view, [1, taps], [sigma, sigma])
+    return v2.functional.gaussian_blur(view, [taps, 1], [sigma, sigma])
+
+
+# ------------------------------------ Eq. 1: positive pairs ------------------------------------
+
+
+def positive_pairs(box_1, box_2, size, threshold=0.7):
+    """Eq. 1: A(i, j) = 1 if dist(i, j) <= T, else 0.
+
+    dist is the distance in the image between the centres of the bins i and j, divided by the diagonal of a bin; of
+    the larger bin where the views differ.
+
+    box_1, box_2: [N, 4] = (x0, y0, x1, y1) in any unit of length, x0 > x1 for a mirrored view.
+    size: (H, W) of the map. Returns bool [N, HW, HW]: row i of view 1, column j of view 2.
+    Raises ValueError for boxes of another shape, an empty map, threshold < 0.
+    """
+    if box_1.shape != box_2.shape or box_1.dim() != 2 or box_1.shape[1] != 4:
+        raise ValueError(f"expected two boxes [N, 4], found {list(box_1.shape)} and {list(box_2.shape)}")
+    if min(size) < 1 or not threshold >= 0:
+        raise ValueError(f"expected size >= (1, 1) and threshold >= 0, found {tuple(size)} and {threshold}")
+    x_1, y_1, diagonal_1 = bin_centres(box_1, size)
+    x_2, y_2, diagonal_2 = bin_centres(box_2, size)
+    distance = torch.hypot(x_1[:, :, None] - x_2[:, None, :], y_1[:, :, None] - y_2[:, None, :])  # [N, HW, HW]
+    diagonal = torch.maximum(diagonal_1, diagonal_2)[:, :, None]  # [N, 1] -> [N, 1, 1]
+    return distance <= threshold * diagonal  # Eq. 1
+
+
+def bin_centres(box, size):
+    """Centres of the H x W bins of a box [N, 4]: x [N, HW], y [N, HW]; and the diagonal of a bin [N, 1]."""
+    H, W = size
+    x0, y0, x1, y1 = box.float().split(1, dim=1)  # [N, 4] -> 4 of [N, 1]
+    width, height = (x1 - x0) / W, (y1 - y0) / H  # of a bin; a mirrored one has a negative width
+    x = x0 + width * (torch.arange(W, device=box.device) + 0.5)  # [N, W]
+    y = y0 + height * (torch.arange(H, device=box.device) + 0.5)  # [N, H]
+    x = x[:, None, :].expand(-1, H, -1).flatten(1)  # [N, W] -> [N, H, W] -> [N, HW]
+    y = y[:, :, None].expand(-1, -1, W).flatten(1)  # [N, H] -> [N, H, W] -> [N, HW]
+    return x, y, torch.hypot(width, height)
+
+
+# ------------------------------------ Eq. 2: PixContrast ------------------------------------
+
+
+def pixcontrast_loss(x, x_prime, positives, temperature=0.3):
+    """Eq. 2, from one view to the other; P, N: the other view's pixels that are positive, negative for i.
+
+    L_Pix(i) = -log [ sum_{j in P} e^(cos(x_i, x'_j) / tau) / sum_{j in P and N} e^(cos(x_i, x'_j) / tau) ]
+
+    Mean over the pixels i that have a positive, then over the images that have such pixels; 0 if none has.
+    x, x_prime: [N, C, H, W], no gradient into x_prime; positives: bool [N, HW, HW]. Returns a scalar >= 0.
+    Raises ValueError or TypeError for inputs that do not fit, ValueError for temperature <= 0.
+    """
+    check_maps(x, x_prime, positives)
+    if not temperature > 0:
+        raise ValueError(f"expected temperature > 0, found {temperature}")
+    logits = pixel_cosine(x, x_prime.detach()) / temperature  # [N, HW, HW]
+    matched = positives.any(2)  # [N, HW, HW] -> [N, HW]
+    negatives = ~positives & matched[:, :, None]  # without any positive a row stays whole: log 1, not log 0
+    log_positive = logits.masked_fill(negatives, -math.inf).logsumexp(2)  # [N, HW, HW] -> [N, HW]
+    log_all = logits.logsumexp(2)  # [N, HW, HW] -> [N, HW]
+    return mean_over_images(log_all - log_positive, matched)  # Eq. 2
+
+
+def pixel_cosine(x, x_prime):
+    """cos(x_i, x'_j) for all pixels of two maps [N, C, H, W] -> [N, HW, HW]; in float32 under autocast too."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        x = F.normalize(x.to(dtype).flatten(2), dim=1)  # [N, C, H, W] -> [N, C, HW]
+        x_prime = F.normalize(x_prime.to(dtype).flatten(2), dim=1)  # [N, C, H, W] -> [N, C, HW]
+        return x.transpose(1, 2) @ x_prime  # [N, HW, C] @ [N, C, HW] -> [N, HW, HW]
+
+
+def mean_over_images(value, mask):
+    """Mean of value [N, ...] where mask [N, ...], image by image; then over the images that have any such place.
+
+    Where no image has any, the result is 0, with a gradient path and gradient 0.
+    """
+    count = mask.flatten(1).sum(1)  # [N, ...] -> [N]
+    total = (value * mask).flatten(1).sum(1)  # [N, ...] -> [N]
+    return (total / count.clamp(min=1)).sum() / (count > 0).sum().clamp(min=1)
+
+
+def check_maps(x, x_prime, positives):
+    """ValueError or TypeError unless x and x_prime are maps [N, C, H, W] and positives is bool [N, HW, HW]."""
+    if x.dim() != 4 or x_prime.dim() != 4 or x.shape[:2] != x_prime.shape[:2]:
+        raise ValueError(f"expected two maps [N, C, H, W], found {list(x.shape)} and {list(x_prime.shape)}")
+    if positives.dtype != torch.bool:
+        raise TypeError(f"expected positives of torch.bool, found {positives.dtype}")
+    pairs = [len(x), x.shape[2:].numel(), x_prime.shape[2:].numel()]
+    if list(positives.shape) != pairs:
+        raise ValueError(f"expected positives {pairs} for these maps, found {list(positives.shape)}")
+
+
+# ------------------------------------ Eq. 3 and 4: propagation ------------------------------------
+
+
+class PixelPropagation(nn.Module):
+    """The pixel propagation module (PPM): x [N, dim, H, W] -> y [N, dim, H, W].
+
+    Eq. 3: y_i = sum_j s(x_i, x_j) g(x_j), over all pixels j of the map, i included
+    Eq. 4: s(x_i, x_j) = max(cos(x_i, x_j), 0) ^ gamma
+
+    g is `transform`: num_layers 1x1 convolutions with BatchNorm and ReLU between two of them, or the identity; g(x_j)
+    is L2-normalised, as in the authors' code. Raises ValueError for gamma <= 0, num_layers < 0, another map.
+    """
+
+    def __init__(self, dim=256, gamma=2.0, num_layers=1):
+        super().__init__()
+        if not gamma > 0 or num_layers < 0:
+            raise ValueError(f"expected gamma > 0 and num_layers >= 0, found {gamma} and {num_layers}")
+        self.dim = dim
+        self.gamma = gamma
+        layers = [nn.Conv2d(dim, dim, 1)] if num_layers else []
+        for _ in range(num_layers - 1):
+            layers += [nn.BatchNorm2d(dim), nn.ReLU(inplace=True), nn.Conv2d(dim, dim, 1)]
+        self.transform = nn.Sequential(*layers)
+
+    def forward(self, x):
+        if x.dim() != 4 or x.shape[1] != self.dim:
+            raise ValueError(f"expected a map [N, {self.dim}, H, W], found {list(x.shape)}")
+        cosine = pixel_cosine(x, x)  # [N, HW, HW]
+        apart = cosine <= 0
+        base = cosine.masked_fill(apart, 1)  # keeps the infinite slope of a root at 0 out of the gradient
+        s = base.pow(self.gamma).masked_fill(apart, 0)  # Eq. 4
+        g = F.normalize(self.transform(x).flatten(2), dim=1)  # [N, C, H, W] -> [N, C, HW]
+        y = g @ s  # Eq. 3, s being symmetric: [N, C, HW] @ [N, HW, HW] -> [N, C, HW]
+        return y.unflatten(2, x.shape[2:])  # [N, C, HW] -> [N, C, H, W]
+
+
+# ------------------------------------ Eq. 5 and 6: consistency ------------------------------------
+
+
+def consistency_loss(y, x_prime, positives):
+    """Eq. 5, from one view to the other: -cos(y_i, x'_j); Eq. 5 itself is the sum of both directions.
+
+    Mean over the positive pairs (i, j) of an image, then over the images that have any; 0 if none has.
+    y, x_prime: [N, C, H, W], no gradient into x_prime; positives: bool [N, HW, HW]. Returns a scalar in [-1, 1].
+    Raises ValueError or TypeError for inputs that do not fit.
+    """
+    check_maps(y, x_prime, positives)
+    return -mean_over_images(pixel_cosine(y, x_prime.detach()), positives)  # Eq. 5
+
+
+def instance_loss(p, z_prime):
+    """L_inst of Eq. 6, from one view to the other: -cos(p, z'), mean over the images; no negatives.
+
+    p: predicted from the online map, z_prime: from the momentum map of the other view, pooled to [N, C]; no gradient
+    into z_prime. Returns a scalar in [-1, 1]. Raises ValueError for other shapes.
+    """
+    if p.dim() != 2 or p.shape != z_prime.shape:
+        raise ValueError(f"expected two tensors [N, C], found {list(p.shape)} and {list(z_prime.shape)}")
+    dtype = torch.promote_types(p.dtype, torch.float32)
+    return -F.cosine_similarity(p.to(dtype), z_prime.detach().to(dtype), dim=1).mean()  # Eq. 6
+
+
+# ------------------------------------ Networks ------------------------------------
+
+
+class Backbone(nn.Module):
+    """A torchvision classification network cut behind one layer: image [N, 3, h, w] -> map [N, out_channels, H, W].
+
+    `body` is the cut network; its state dict has torchvision's own names. ResNets begin with zeros in the last
+    BatchNorm weight of each block (the authors' code). Raises ValueError for an arch or layer that does not exist
+    or gives no map. Any other nn.Module with `out_channels` that returns such a map serves PixPro as well.
+    """
+
+    def __init__(self, arch="resnet50", layer="layer4"):
+        super().__init__()
+        check_name("arch", arch, torchvision.models.list_models(module=torchvision.models))
+        options = {"zero_init_residual": True} if "resne" in arch else {}  # ResNet, ResNeXt, Wide ResNet
+        network = torchvision.models.get_model(arch, weights=None, **options)
+        check_name("layer", layer, [name for name, _ in network.named_modules() if name])
+        self.body = create_feature_extractor(network, {layer: "map"}).eval()
+        with torch.no_grad():  # zeros in eval mode: neither BatchNorm's buffers nor a random generator move
+            shape = self(torch.zeros(1, 3, 224, 224)).shape
+        self.body.train()
+        if len(shape) != 4 or shape[2] != shape[3]:  # tokens [N, L, C] or channels last [N, H, W, C]
+            raise ValueError(f"expected a map [N, C, H, W] from layer {layer!r} of {arch}, found {list(shape)}")
+        self.out_channels = shape[1]
+
+    def forward(self, image):
+        return self.body(image)["map"]
+
+
+def check_name(kind, name, names):
+    """ValueError with the names that come close, unless the name is one of them."""
+    if name not in names:
+        close = difflib.get_close_matches(name, names) or names
+        raise ValueError(f"expected a torchvision {kind} such as {', '.join(close[:3])}; found {name!r}")
+
+
+def projection_head(in_channels, hidden, out):
+    """1x1 convolution, BatchNorm, ReLU, 1x1 convolution (Sec. 3.1): [N, in_channels, H, W] -> [N, out, H, W]."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, hidden, 1),
+        nn.BatchNorm2d(hidden),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(hidden, out, 1),
+    )
+
+
+# ------------------------------------ Momentum encoder, PixPro ------------------------------------
+
+
+def momentum_at(step, total_steps, base=0.99):
+    """m at step k of K: 1 - (1 - base) (cos(pi k / K) + 1) / 2, which rises from base to 1 (the authors' code)."""
+    if not 0 <= step <= total_steps or total_steps < 1:
+        raise ValueError(f"expected 0 <= step <= total_steps and total_steps >= 1, found {step} and {total_steps}")
+    return 1 - (1 - base) * (math.cos(math.pi * step / total_steps) + 1) / 2
+
+
+class Output(NamedTuple):
+    """Scalars from PixPro.forward; only the loss carries a gradient."""
+
+    loss: torch.Tensor  # Eq. 5 or Eq. 6, sum of both directions; Eq. 5 lies in [-2, 2]
+    similarity: torch.Tensor  # mean of cos(x_i, x'_j) over the positive pairs, without propagation
+    positives: torch.Tensor  # positive pairs per image
+    spread: torch.Tensor  # of the pixels x on the unit sphere: near 1 spread out, 0 collapsed to a point
+
+
+class PixPro(nn.Module):
+    """The model that is pre-trained. One's own loop around it:
+
+        model = PixPro(Backbone("resnet50"))
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for step, (view_1, view_2, box_1, box_2) in enumerate(loader):  # a dataset that ends in TwoViews
+            model.update_momentum(momentum_at(step, total_steps))  # who forgets it has a frozen target
+            loss = model(view_1, view_2, box_1, box_2).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    objective: "pixpro" (Eq. 5) or "pixcontrast" (Eq. 2; no PPM is built). instance_weight: alpha of Eq. 6.
+    Raises ValueError for unknown or negative ones, and for views and boxes whose shapes do not fit.
+    """
+
+    def __init__(self, backbone, dim=256, hidden_dim=2048, gamma=2.0, num_layers=1, threshold=0.7,
+                 instance_weight=0.0, objective="pixpro", temperature=0.3):
+        super().__init__()
+        if objective not in ("pixpro", "pixcontrast"):
+            raise ValueError(f"expected objective 'pixpro' or 'pixcontrast', found {objective!r}")
+        if not instance_weight >= 0:
+            raise ValueError(f"expected instance_weight >= 0, found {instance_weight}")
+        self.threshold = threshold
+        self.temperature = temperature
+        self.instance_weight = instance_weight
+        self.backbone = backbone
+        self.projector = projection_head(backbone.out_channels, hidden_dim, dim)
+        self.propagation = PixelPropagation(dim, gamma, num_layers) if objective == "pixpro" else None
+        self.momentum_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
+        self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
+        if instance_weight > 0:
+            self.instance_projector = projection_head(backbone.out_channels, hidden_dim, dim)
+            self.instance_predictor = projection_head(dim, hidden_dim, dim)
+            self.momentum_instance_projector = copy.deepcopy(self.instance_projector).requires_grad_(False)
+
+    @torch.no_grad()
+    def update_momentum(self, m):
+        """Momentum parameters become m * themselves + (1 - m) * the online ones; BatchNorm's buffers stay."""
+        if not 0 <= m <= 1:
+            raise ValueError(f"expected m in [0, 1], found {m}")
+        online = [*self.backbone.parameters(), *self.projector.parameters()]
+        momentum = [*self.momentum_backbone.parameters(), *self.momentum_projector.parameters()]
+        if self.instance_weight > 0:
+            online += self.instance_projector.parameters()
+            momentum += self.momentum_instance_projector.parameters()
+        torch._foreach_lerp_(momentum, online, weight=1 - m)
+
+    def forward(self, view_1, view_2, box_1, box_2):
+        """view_1, view_2: [N, 3, h, w]; box_1, box_2: [N, 4], as from TwoViews. Returns an Output."""
+        if view_1.dim() != 4 or view_1.shape != view_2.shape:
+            raise ValueError(f"expected two views [N, 3, h, w], found {list(view_1.shape)} and {list(view_2.shape)}")
+        if len(box_1) != len(view_1):
+            raise ValueError(f"expected a box for each of {len(view_1)} images, found {len(box_1)} boxes")
+        maps = self.backbone(view_1), self.backbone(view_2)  # [N, out_channels, H, W]
+        with torch.no_grad():
+            targets = self.momentum_backbone(view_1), self.momentum_backbone(view_2)  # [N, out_channels, H, W]
+        loss, *figures = self.pixel_level(maps, targets, box_1, box_2)
+        if self.instance_weight > 0:
+            loss = loss + self.instance_weight * self.instance_level(maps, targets)  # Eq. 6
+        return Output(loss, *figures)
+
+    def pixel_level(self, maps, targets, box_1, box_2):
+        """Loss (Eq. 2 or 5, both directions), similarity, positives and spread, from the backbones' maps."""
+        x_1, x_2 = (self.projector(map) for map in maps)  # [N, dim, H, W]
+        with torch.no_grad():
+            x_prime_1, x_prime_2 = (self.momentum_projector(map) for map in targets)  # [N, dim, H, W]
+        positives = positive_pairs(box_1, box_2, x_1.shape[2:], self.threshold)  # [N, HW, HW]
+        mirrored = positives.transpose(1, 2)  # from view 2 to view 1
+        loss = self.pixel_loss(x_1, x_prime_2, positives) + self.pixel_loss(x_2, x_prime_1, mirrored)
+        with torch.no_grad():
+            cosines = consistency_loss(x_1, x_prime_2, positives) + consistency_loss(x_2, x_prime_1, mirrored)
+            unit = F.normalize(torch.cat([x_1, x_2]).float(), dim=1)  # [2N, dim, H, W]
+            spread = unit.std((0, 2, 3), correction=0).mean() * math.sqrt(unit.shape[1])
+        return loss, -cosines / 2, positives.sum() / len(positives), spread
+
+    def pixel_loss(self, x, x_prime, positives):
+        """Eq. 2 or Eq. 5, one direction."""
+        if self.propagation is None:
+            return pixcontrast_loss(x, x_prime, positives, self.temperature)
+        return consistency_loss(self.propagation(x), x_prime, positives)
+
+    def instance_level(self, maps, targets):
+        """L_inst of Eq. 6 in both directions, from the backbones' maps; pooled after the 1x1 convolutions."""
+        p_1, p_2 = (self.instance_predictor(self.instance_projector(map)).mean((2, 3)) for map in maps)  # [N, dim]
+        with torch.no_grad():
+            z_prime_1, z_prime_2 = (self.momentum_instance_projector(map).mean((2, 3)) for map in targets)
+        return instance_loss(p_1, z_prime_2) + instance_loss(p_2, z_prime_1)

@@ -1,0 +1,1590 @@
+"""Tests of pixpro.py and train.py. `pytest -k eq3` runs those of one equation; the other words are
+eq1 eq2 eq4 eq5 eq6 momentum views lars schedule train. Tests without such a word are about the whole.
+
+For each equation: a case computed by hand, an independent slow version in loops, properties, and where there are any
+the authors' numbers: what github.com/zdaxie/PixPro, commit e390d6b, computes in float32 on a CPU from wave() below.
+"""
+
+import ast
+import copy
+import inspect
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torchvision.transforms import v2
+
+import pixpro
+import train
+from pixpro import Backbone, PixelPropagation, PixPro, TwoViews, consistency_loss, instance_loss, momentum_at
+from pixpro import pixcontrast_loss, positive_pairs, projection_head
+
+GROUPS = ("eq1", "eq2", "eq3", "eq4", "eq5", "eq6", "momentum", "views", "lars", "schedule", "train")
+HERE = Path(__file__).parent
+
+
+def wave(*shape, a, b=0.0):
+    """The inputs of the authors' numbers: element i, counted from 0, is sin(a (i + 1)^1.1 + b)."""
+    i = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64)
+    return torch.sin(a * i**1.1 + b).float().view(shape)
+
+
+def tensor(*rows):
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+def pixels(*columns):
+    """A map [1, C, 1, W] of these pixels, each a list of C values."""
+    return torch.tensor(columns, dtype=torch.float32).T[None, :, None, :]
+
+
+def random_maps(n=3, c=5, h=2, w=3, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, c, h, w, generator=generator, dtype=dtype) for _ in range(2)]
+
+
+def random_positives(n=3, pairs=(6, 6), seed=0):
+    """Random positives; the last image and the first pixel of the first image have none."""
+    positives = torch.rand(n, *pairs, generator=torch.Generator().manual_seed(seed)) < 0.3
+    positives[-1] = False
+    positives[0, 0] = False
+    return positives
+
+
+def random_boxes(n, seed):
+    """Boxes of at least 20 x 20, every second one mirrored."""
+    generator = torch.Generator().manual_seed(seed)
+    x0, y0, width, height = torch.rand(4, n, generator=generator)
+    boxes = torch.stack([100 * x0, 80 * y0, 100 * x0 + 20 + 90 * width, 80 * y0 + 20 + 90 * height], 1)
+    boxes[::2] = boxes[::2][:, [2, 1, 0, 3]]
+    return boxes
+
+
+# ------------------------------------ Slow versions, in loops ------------------------------------
+def cosine(a, b):
+    return float(a @ b) / math.sqrt(float(a @ a) * float(b @ b))
+
+
+def slow_pixels(x):
+    """Pixels of one map [C, H, W] as a list of vectors, row by row."""
+    return [x[:, row, column] for row in range(x.shape[1]) for column in range(x.shape[2])]
+
+
+def slow_positive_pairs(box_1, box_2, size, threshold):
+    H, W = size
+    A = torch.zeros(len(box_1), H * W, H * W, dtype=torch.bool)
+    for n in range(len(box_1)):
+        centres, diagonals = [], []
+        for x0, y0, x1, y1 in (box_1[n].tolist(), box_2[n].tolist()):
+            width, height = (x1 - x0) / W, (y1 - y0) / H
+            centres.append([(x0 + (c + 0.5) * width, y0 + (r + 0.5) * height) for r in range(H) for c in range(W)])
+            diagonals.append(math.hypot(width, height))
+        for i, a in enumerate(centres[0]):
+            for j, b in enumerate(centres[1]):
+                A[n, i, j] = math.dist(a, b) / max(diagonals) <= threshold
+    return A
+
+
+def slow_pixcontrast(x, x_prime, positives, temperature):
+    images = []
+    for n in range(len(x)):
+        losses = []
+        for i, a in enumerate(slow_pixels(x[n])):
+            e = [math.exp(cosine(a, b) / temperature) for b in slow_pixels(x_prime[n])]
+            positive = sum(value for j, value in enumerate(e) if positives[n, i, j])
+            negative = sum(value for j, value in enumerate(e) if not positives[n, i, j])
+            if positive > 0:
+                losses.append(-math.log(positive / (positive + negative)))
+        if losses:
+            images.append(sum(losses) / len(losses))
+    return sum(images) / len(images)
+
+
+def slow_propagation(x, g, gamma):
+    y = torch.zeros_like(g)
+    for n in range(len(x)):
+        vectors, values = slow_pixels(x[n]), slow_pixels(g[n])
+        for i, a in enumerate(vectors):
+            for b, value in zip(vectors, values):
+                s = max(cosine(a, b), 0.0) ** gamma
+                y[n, :, i // x.shape[3], i % x.shape[3]] += s * value / math.sqrt(float(value @ value))
+    return y
+
+
+def slow_consistency(y, x_prime, positives):
+    images = []
+    for n in range(len(y)):
+        cosines = [
+            cosine(a, b)
+            for i, a in enumerate(slow_pixels(y[n]))
+            for j, b in enumerate(slow_pixels(x_prime[n]))
+            if positives[n, i, j]
+        ]
+        if cosines:
+            images.append(-sum(cosines) / len(cosines))
+    return sum(images) / len(images)
+
+
+# ------------------------------------ Eq. 1 ------------------------------------
+def test_eq1_by_hand():
+    # A box of 6 x 8 with 2 x 2 bins: bins of 3 x 4, diagonal 5. Distance to the right 3 / 5 = 0.6, downward 4 / 5 = 0.8,
+    # across 5 / 5 = 1. Exactly T is positive. With axes normalised one by one both were 0.5 / 0.707 = 0.707.
+    box = tensor([0, 0, 6, 8])
+    near = [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
+    not_across = [[1, 1, 1, 0], [1, 1, 0, 1], [1, 0, 1, 1], [0, 1, 1, 1]]
+    for threshold, expected in ((0.599, torch.eye(4)), (0.6, near), (0.799, near), (0.8, not_across), (1, torch.ones(4, 4))):
+        A = positive_pairs(box, box, (2, 2), threshold)
+        assert A.dtype == torch.bool and A.shape == (1, 4, 4)
+        assert A[0].tolist() == torch.as_tensor(expected).bool().tolist(), f"T = {threshold}"
+
+
+@pytest.mark.parametrize("size", [(3, 3), (2, 5), (4, 1)])
+@pytest.mark.parametrize("threshold", [0.35, 0.7, 1.4, 2.8])
+def test_eq1_equals_loops(size, threshold):
+    box_1, box_2 = random_boxes(6, seed=1), random_boxes(6, seed=2)
+    expected = slow_positive_pairs(box_1, box_2, size, threshold)
+    assert torch.equal(positive_pairs(box_1, box_2, size, threshold), expected)
+
+
+def test_eq1_authors_counts():
+    box_1 = tensor([0.1, 0.2, 0.7, 0.9], [0, 0, 1, 1], [0.8, 0.1, 0.3, 0.6], [0.05, 0.05, 0.2, 0.2])
+    box_2 = tensor([0.3, 0.1, 0.9, 0.8], [0.25, 0.25, 0.75, 0.75], [0.2, 0.2, 0.9, 0.7], [0.7, 0.7, 0.95, 0.95])
+    assert positive_pairs(box_1, box_2, (7, 7)).sum((1, 2)).tolist() == [54, 121, 121, 0]
+
+
+def test_eq1_identical_boxes_give_the_diagonal():
+    box = random_boxes(4, seed=3)
+    for threshold in (0, 0.1, 0.3):
+        assert torch.equal(positive_pairs(box, box, (3, 4), threshold), torch.eye(12).bool().expand(4, -1, -1))
+
+
+def test_eq1_centres_lie_inside_the_box():
+    box = random_boxes(8, seed=4)
+    x, y, diagonal = pixpro.bin_centres(box, (3, 5))
+    left, right = box[:, [0, 2]].amin(1, keepdim=True), box[:, [0, 2]].amax(1, keepdim=True)
+    assert ((x > left) & (x < right) & (y > box[:, 1:2]) & (y < box[:, 3:4])).all()
+    # and symmetrically: their mean is the middle of the box
+    assert torch.allclose(x.mean(1), box[:, [0, 2]].mean(1)) and torch.allclose(y.mean(1), box[:, [1, 3]].mean(1))
+    assert torch.allclose(diagonal[:, 0], torch.hypot((right - left)[:, 0] / 5, (box[:, 3] - box[:, 1]) / 3))
+
+
+def test_eq1_swapping_the_boxes_transposes():
+    box_1, box_2 = random_boxes(5, seed=5), random_boxes(5, seed=6)
+    A = positive_pairs(box_1, box_2, (3, 4))
+    assert A.any() and torch.equal(positive_pairs(box_2, box_1, (3, 4)), A.transpose(1, 2))
+
+
+def test_eq1_mirroring_permutes_columns():
+    box_1, box_2 = random_boxes(5, seed=7), random_boxes(5, seed=8)
+    A = positive_pairs(box_1, box_2, (3, 4)).view(5, 12, 3, 4)
+    mirrored = positive_pairs(box_1, box_2[:, [2, 1, 0, 3]], (3, 4)).view(5, 12, 3, 4)
+    assert A.any() and torch.equal(mirrored, A.flip(3)) and not torch.equal(mirrored, A)
+
+
+def test_eq1_unit_and_origin_do_not_matter():
+    box_1, box_2 = random_boxes(5, seed=9), random_boxes(5, seed=10)
+    A = positive_pairs(box_1, box_2, (4, 4))
+    assert torch.equal(positive_pairs(box_1 * 3, box_2 * 3, (4, 4)), A)
+    assert torch.equal(positive_pairs(box_1 + 50, box_2 + 50, (4, 4)), A)
+
+
+def test_eq1_larger_diagonal_counts():
+    # Bins of 4 x 4 (diagonal 5.657) against bins of 1 x 1 (1.414). The first centre (2, 2) is 2.121, 1.581, 1.581, 0.707
+    # from the small ones: at most 0.375 of the larger diagonal, but up to 0.6 of their mean and 1.5 of the smaller one.
+    # The other large centres are at least hypot(4.5, 0.5) / 5.657 = 0.8 away.
+    A = positive_pairs(tensor([0, 0, 8, 8]), tensor([0, 0, 2, 2]), (2, 2), threshold=0.5)
+    assert A[0].tolist() == [[True] * 4, [False] * 4, [False] * 4, [False] * 4]
+
+
+def test_eq1_disjoint_boxes_give_none():
+    assert not positive_pairs(tensor([0, 0, 10, 10]), tensor([50, 50, 60, 60]), (7, 7)).any()
+
+
+def test_eq1_every_image_has_its_own_boxes():
+    box_1, box_2 = random_boxes(4, seed=11), random_boxes(4, seed=12)
+    A = positive_pairs(box_1, box_2, (3, 3))
+    for n in range(4):
+        assert torch.equal(A[n], positive_pairs(box_1[n : n + 1], box_2[n : n + 1], (3, 3))[0])
+
+
+def test_eq1_counts_of_random_crops():
+    # 20,000 simulated pairs of crops of a 500 x 375 image gave 113.9 +- 0.3 positive pairs of 2401, and 2.6% without any;
+    # one pair's standard deviation is about 42, so 1,000 pairs lie within 4.
+    views = TwoViews(size=8)
+    torch.manual_seed(0)
+    image = torch.zeros(3, 375, 500, dtype=torch.uint8)
+    boxes = torch.stack([torch.stack([views.crop(image)[1], views.crop(image)[1]]) for _ in range(1000)], 1)
+    counts = positive_pairs(boxes[0], boxes[1], (7, 7)).sum((1, 2)).float()
+    assert abs(counts.mean() - 113.9) < 4 and 0.01 < (counts == 0).float().mean() < 0.05
+
+
+def test_eq1_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match=r"two boxes \[N, 4\], found \[2, 4\] and \[1, 4\]"):
+        positive_pairs(torch.zeros(2, 4), torch.zeros(1, 4), (7, 7))
+    with pytest.raises(ValueError, match=r"threshold >= 0, found \(7, 7\) and -1"):
+        positive_pairs(torch.zeros(1, 4), torch.zeros(1, 4), (7, 7), threshold=-1)
+    with pytest.raises(ValueError, match="size"):
+        positive_pairs(torch.zeros(1, 4), torch.zeros(1, 4), (0, 7))
+
+
+# ------------------------------------ Eq. 2 ------------------------------------
+def test_eq2_by_hand():
+    # x = x' = two orthogonal pixels, each its own positive: -log(e / (e + 1)) = log(1 + 1/e) = 0.313262 at tau 1,
+    # log(1 + e^-5) = 0.006715 at tau 0.2.
+    x = pixels([1, 0], [0, 1])
+    positives = torch.eye(2, dtype=torch.bool)[None]
+    assert pixcontrast_loss(x, x, positives, temperature=1).item() == pytest.approx(0.313262, abs=1e-6)
+    assert pixcontrast_loss(x, x, positives, temperature=0.2).item() == pytest.approx(0.006715, abs=1e-6)
+
+
+def test_eq2_sums_the_positives_inside_the_log():
+    # Pixel 0 has cosines 1, 0, -1 and the positives 0 and 1: -log((e + 1) / (e + 1 + 1/e)) = 0.094344.
+    # The mean of two logs would be (log(4.08616 / e) + log 4.08616) / 2 = 0.907606. Pixels 1 and 2 have no positive.
+    x = pixels([1, 0], [0, 1], [1, 1])
+    x_prime = pixels([1, 0], [0, 1], [-1, 0])
+    positives = torch.tensor([[[True, True, False], [False] * 3, [False] * 3]])
+    assert pixcontrast_loss(x, x_prime, positives, temperature=1).item() == pytest.approx(0.094344, abs=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.3, 1.0])
+def test_eq2_equals_loops(temperature):
+    x, x_prime = random_maps()
+    positives = random_positives()  # some pixels and an image without any
+    expected = slow_pixcontrast(x, x_prime, positives, temperature)
+    assert pixcontrast_loss(x, x_prime, positives, temperature).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_eq2_temperature_is_0_3():
+    x, x_prime = random_maps()
+    positives = random_positives()
+    assert pixcontrast_loss(x, x_prime, positives) == pixcontrast_loss(x, x_prime, positives, temperature=0.3)
+
+
+def test_eq2_leaves_out_pixels_and_images_without_positives():
+    x, x_prime = random_maps()
+    positives = random_positives()
+    alone = pixcontrast_loss(x[:2], x_prime[:2], positives[:2])  # the third image has none
+    assert torch.allclose(pixcontrast_loss(x, x_prime, positives), alone)
+    changed = x.clone()
+    changed[0, :, 0, 0] = 100.0  # the first pixel of the first image has none
+    assert torch.equal(pixcontrast_loss(changed, x_prime, positives), pixcontrast_loss(x, x_prime, positives))
+
+
+def test_eq2_without_any_positive_is_0_with_gradient_0():
+    x, x_prime = random_maps()
+    x.requires_grad_()
+    loss = pixcontrast_loss(x, x_prime, torch.zeros(3, 6, 6, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == 0 and torch.equal(x.grad, torch.zeros_like(x))
+
+
+def test_eq2_gradient_is_finite_where_some_have_no_positive():
+    x, x_prime = random_maps()
+    x.requires_grad_()
+    positives = random_positives()
+    pixcontrast_loss(x, x_prime, positives).backward()
+    assert x.grad.isfinite().all()
+    assert torch.equal(x.grad.flatten(2).any(1), positives.any(2)) and not positives.any(2).all()
+
+
+def test_eq2_all_positive_is_0():
+    x, x_prime = random_maps()
+    assert pixcontrast_loss(x, x_prime, torch.ones(3, 6, 6, dtype=torch.bool)).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_eq2_does_not_overflow_in_half_precision():
+    # cos / tau = 1 / 0.002 = 500: e^500 overflows even float32; 100 * 700 overflows float16 before normalisation.
+    x = 700 * pixels([1, 0], [0, 1]).half()
+    with torch.autocast("cpu", torch.float16):
+        loss = pixcontrast_loss(x, x, torch.tensor([[[False, True], [True, False]]]), temperature=0.002)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(500, rel=1e-3)
+
+
+def test_eq2_target_receives_no_gradient():
+    x, x_prime = random_maps()
+    x.requires_grad_(), x_prime.requires_grad_()
+    pixcontrast_loss(x, x_prime, random_positives()).backward()
+    assert x.grad is not None and x_prime.grad is None
+
+
+def test_eq2_gradcheck():
+    x, x_prime = random_maps(dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: pixcontrast_loss(x, x_prime, random_positives()), x.requires_grad_())
+
+
+def test_eq2_refuses_what_does_not_fit():
+    x, x_prime = random_maps()
+    with pytest.raises(ValueError, match="temperature > 0, found 0"):
+        pixcontrast_loss(x, x_prime, random_positives(), temperature=0)
+    with pytest.raises(ValueError, match=r"expected positives \[3, 6, 6\] for these maps, found \[3, 5, 6\]"):
+        pixcontrast_loss(x, x_prime, random_positives(pairs=(5, 6)))
+    with pytest.raises(TypeError, match="torch.bool, found torch.float32"):
+        pixcontrast_loss(x, x_prime, random_positives().float())
+
+
+# ------------------------------------ Eq. 3 and 4 ------------------------------------
+def test_eq3_by_hand():
+    # Pixels (1,0), (0,1), (1,1); g the identity, so g(x_j) / |g(x_j)| = (1,0), (0,1), (r,r) with r = 0.707107. gamma = 2:
+    # s = r^2 = 0.5 between the third and the others, 0 between the first two. No denominator:
+    # y_0 = (1,0) + 0.5 (r,r) = (1.353553, 0.353553), y_1 likewise, y_2 = 0.5 (1,0) + 0.5 (0,1) + (r,r) = (1.207107, 1.207107).
+    y = PixelPropagation(dim=2, gamma=2, num_layers=0)(pixels([1, 0], [0, 1], [1, 1]))
+    expected = pixels([1.353553, 0.353553], [0.353553, 1.353553], [1.207107, 1.207107])
+    assert torch.allclose(y, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_layers", [0, 1, 2])
+@pytest.mark.parametrize("gamma", [0.5, 1, 2, 4])
+def test_eq3_equals_loops(gamma, num_layers):
+    torch.manual_seed(0)
+    ppm = PixelPropagation(dim=5, gamma=gamma, num_layers=num_layers)
+    x = random_maps(n=2)[0]
+    with torch.no_grad():
+        assert torch.allclose(ppm(x), slow_propagation(x, ppm.transform(x), gamma), atol=1e-5)
+
+
+def test_eq3_transform_has_l_layers():
+    kinds = {n: [type(layer).__name__ for layer in PixelPropagation(4, num_layers=n).transform] for n in range(4)}
+    assert kinds[0] == []
+    assert kinds[1] == ["Conv2d"]
+    assert kinds[2] == ["Conv2d", "BatchNorm2d", "ReLU", "Conv2d"]
+    assert kinds[3] == ["Conv2d", "BatchNorm2d", "ReLU"] * 2 + ["Conv2d"]
+    assert all(p.shape[:2] == (4, 4) for p in PixelPropagation(4, num_layers=3).parameters() if p.dim() == 4)
+
+
+def authors_propagation(gamma, num_layers):
+    ppm = PixelPropagation(256, gamma, num_layers)
+    with torch.no_grad():
+        for conv in ppm.transform:
+            conv.weight.copy_(wave(256, 256, 1, 1, a=0.07) / 16)
+            conv.bias.copy_(0.01 * wave(256, a=0.19))
+        return ppm(wave(2, 256, 3, 5, a=0.23))
+
+
+def test_eq3_authors_numbers():
+    y = authors_propagation(gamma=2.0, num_layers=1)
+    assert y.double().sum().item() == pytest.approx(10.614669, abs=1e-3)
+    assert y.double().abs().sum().item() == pytest.approx(1277.442658, abs=1e-3)
+    assert y[1, 17, 2, 3].item() == pytest.approx(-0.1296858788, abs=1e-6)
+    assert y[0, 255, 0, 0].item() == pytest.approx(0.0937332809, abs=1e-6)
+
+
+def test_eq3_self_counts():
+    ppm = PixelPropagation(dim=5, num_layers=0)
+    x = random_maps(h=1, w=1)[0]
+    assert torch.allclose(ppm(x), F.normalize(x, dim=1))
+
+
+def test_eq3_permuting_pixels_permutes_the_output():
+    ppm = PixelPropagation(dim=5)
+    x = random_maps(h=1, w=6)[0]
+    order = torch.tensor([3, 1, 5, 0, 2, 4])
+    assert torch.allclose(ppm(x[..., order]), ppm(x)[..., order], atol=1e-6)
+
+
+def test_eq3_scaling_changes_nothing_without_layers():
+    ppm = PixelPropagation(dim=5, num_layers=0)
+    x = random_maps()[0]
+    assert torch.allclose(ppm(7 * x), ppm(x), atol=1e-6)
+
+
+def test_eq3_gradient_flows_through_g():
+    x = random_maps(h=1, w=1)[0].requires_grad_()  # one pixel: s = cos(x, x)^gamma = 1, whatever x is
+    PixelPropagation(dim=5)(x)[:, 0].sum().backward()
+    assert x.grad.abs().max() > 1e-3
+
+
+def test_eq3_images_do_not_mix():
+    ppm = PixelPropagation(dim=5)
+    x = random_maps()[0]
+    assert torch.allclose(ppm(x)[1:2], ppm(x[1:2]), atol=1e-6)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 2.0])
+def test_eq3_gradcheck(gamma):
+    ppm = PixelPropagation(dim=5, gamma=gamma).double()
+    x = random_maps(n=2, dtype=torch.float64)[0].requires_grad_()
+    assert torch.autograd.gradcheck(ppm, x)
+
+
+def test_eq3_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match=r"\[N, 8, H, W\], found \[3, 5, 2, 3\]"):
+        PixelPropagation(dim=8, num_layers=0)(random_maps()[0])
+    with pytest.raises(ValueError, match="num_layers >= 0, found 2.0 and -1"):
+        PixelPropagation(num_layers=-1)
+
+
+def similarity_at(angle, gamma):
+    """s of two unit pixels at this angle in degrees, read off y_0 = (1, 0) + s (cos, sin)."""
+    c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    y = PixelPropagation(dim=2, gamma=gamma, num_layers=0)(pixels([1, 0], [c, s]))
+    return y[0, 1, 0, 0].item() / s
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1, 2, 4])
+def test_eq4_by_hand(gamma):
+    # cos 60 degrees = 0.5: s = 0.5^gamma = 0.707107, 0.5, 0.25, 0.0625
+    expected = {0.5: 0.707107, 1: 0.5, 2: 0.25, 4: 0.0625}[gamma]
+    assert similarity_at(60, gamma) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1, 2, 4])
+def test_eq4_equals_the_formula(gamma):
+    for angle in (10, 45, 80, 100, 170):
+        expected = max(math.cos(math.radians(angle)), 0) ** gamma
+        assert similarity_at(angle, gamma) == pytest.approx(expected, abs=1e-5)
+
+
+def test_eq4_authors_numbers():
+    y = authors_propagation(gamma=1.0, num_layers=0)
+    assert y.double().sum().item() == pytest.approx(9.232201, abs=1e-3)
+    assert y.double().abs().sum().item() == pytest.approx(1713.817161, abs=1e-3)
+    assert y[1, 17, 2, 3].item() == pytest.approx(-0.3988923430, abs=1e-6)
+    assert y[0, 255, 0, 0].item() == pytest.approx(-0.3339273342, abs=1e-6)
+
+
+@pytest.mark.parametrize("gamma", [0.25, 0.5, 1, 2])
+@pytest.mark.parametrize("other", [[-1, 0], [0, 1]], ids=["opposite", "orthogonal"])
+def test_eq4_is_exactly_0_with_finite_gradients(gamma, other):
+    x = pixels([1, 0], other).requires_grad_()
+    y = PixelPropagation(dim=2, gamma=gamma, num_layers=0)(x)
+    assert torch.equal(y, pixels([1, 0], other))  # nothing propagates
+    y.square().sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_eq4_gradient_flows_through_s():
+    class Constant(nn.Module):
+        def forward(self, x):
+            return torch.ones_like(x)
+
+    ppm = PixelPropagation(dim=5)
+    ppm.transform = Constant()
+    x = random_maps()[0].requires_grad_()
+    ppm(x)[:, 0].sum().backward()
+    assert x.grad.abs().max() > 1e-3
+
+
+def test_eq4_refuses_gamma_0():
+    with pytest.raises(ValueError, match="gamma > 0"):
+        PixelPropagation(gamma=0)
+
+
+# ------------------------------------ Eq. 5 ------------------------------------
+def test_eq5_by_hand():
+    # y = (3,0), (0,2); x' = (1,0), (1,1). Positives (0,0), (0,1), (1,1): cosines 1, 0.707107, 0.707107; mean 0.804738.
+    positives = torch.tensor([[[True, True], [False, True]]])
+    loss = consistency_loss(pixels([3, 0], [0, 2]), pixels([1, 0], [1, 1]), positives)
+    assert loss.item() == pytest.approx(-0.804738, abs=1e-6)
+
+
+def test_eq5_equals_loops():
+    y, x_prime = random_maps()
+    positives = random_positives()
+    assert consistency_loss(y, x_prime, positives).item() == pytest.approx(slow_consistency(y, x_prime, positives), rel=1e-5)
+
+
+AUTHORS_BOX_1 = tensor([0.1, 0.2, 0.7, 0.9], [0, 0, 1, 1], [0.8, 0.1, 0.3, 0.6], [0.05, 0.05, 0.2, 0.2])
+AUTHORS_BOX_2 = tensor([0.3, 0.1, 0.9, 0.8], [0.25, 0.25, 0.75, 0.75], [0.2, 0.2, 0.9, 0.7], [0.7, 0.7, 0.95, 0.95])
+
+
+@pytest.mark.parametrize("threshold, authors", [(0.35, 0.0196905155), (0.7, 0.0099607334), (1.4, 0.0051517664)])
+def test_eq5_authors_numbers(threshold, authors):
+    # Theirs is twice Eq. 5, and counts the fourth image, which has no positive pair, as 0.
+    q, k = wave(4, 8, 7, 7, a=0.37), wave(4, 8, 7, 7, a=0.53, b=0.5)
+    positives = slow_positive_pairs(AUTHORS_BOX_1, AUTHORS_BOX_2, (7, 7), threshold)
+    assert 2 * consistency_loss(q, k, positives).item() * 3 / 4 == pytest.approx(authors, abs=1e-7)
+
+
+def test_eq5_authors_numbers_image_by_image():
+    q, k = wave(4, 8, 7, 7, a=0.37), wave(4, 8, 7, 7, a=0.53, b=0.5)
+    positives = slow_positive_pairs(AUTHORS_BOX_1, AUTHORS_BOX_2, (7, 7), 0.7)
+    for n, authors in enumerate([0.0378808081, -0.0101784933, 0.0121406186, 0.0]):
+        one = slice(n, n + 1)
+        assert 2 * consistency_loss(q[one], k[one], positives[one]).item() == pytest.approx(authors, abs=1e-7)
+
+
+def test_eq5_equal_and_opposite_features():
+    y = random_maps()[0][:, :, :1, :1].expand(-1, -1, 2, 3)
+    positives = random_positives()
+    assert consistency_loss(y, y, positives).item() == pytest.approx(-1)
+    assert consistency_loss(y, -y, positives).item() == pytest.approx(1)
+
+
+def test_eq5_scale_does_not_matter():
+    y, x_prime = random_maps()
+    loss = consistency_loss(y, x_prime, random_positives())
+    assert torch.allclose(consistency_loss(9 * y, 0.1 * x_prime, random_positives()), loss)
+
+
+def test_eq5_mean_per_image_then_over_images():
+    # Image 0 has three positive pairs of cosine 1, image 1 one of cosine 0: (1 + 0) / 2, not 3 / 4.
+    y = torch.cat([pixels([1, 0], [1, 0]), pixels([0, 1], [0, 1])])
+    x_prime = torch.cat([pixels([1, 0], [1, 0]), pixels([1, 0], [1, 0])])
+    positives = torch.tensor([[[True, True], [True, False]], [[False, False], [False, True]]])
+    assert consistency_loss(y, x_prime, positives).item() == pytest.approx(-0.5)
+
+
+def test_eq5_leaves_out_images_without_positives():
+    y, x_prime = random_maps()
+    positives = random_positives()  # the third image has none
+    assert torch.allclose(consistency_loss(y, x_prime, positives), consistency_loss(y[:2], x_prime[:2], positives[:2]))
+
+
+def test_eq5_without_any_positive_is_0_with_gradient_0():
+    y, x_prime = random_maps()
+    y.requires_grad_()
+    loss = consistency_loss(y, x_prime, torch.zeros(3, 6, 6, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == 0 and torch.equal(y.grad, torch.zeros_like(y))
+
+
+def test_eq5_target_receives_no_gradient():
+    y, x_prime = random_maps()
+    y.requires_grad_(), x_prime.requires_grad_()
+    consistency_loss(y, x_prime, random_positives()).backward()
+    assert y.grad is not None and x_prime.grad is None
+
+
+def test_eq5_gradcheck():
+    y, x_prime = random_maps(dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda y: consistency_loss(y, x_prime, random_positives()), y.requires_grad_())
+
+
+def test_eq5_refuses_what_does_not_fit():
+    y, x_prime = random_maps()
+    with pytest.raises(ValueError, match=r"found \[3, 5, 2, 3\] and \[2, 5, 2, 3\]"):
+        consistency_loss(y, x_prime[:2], random_positives())
+    with pytest.raises(TypeError, match="torch.bool"):
+        consistency_loss(y, x_prime, random_positives().float())
+
+
+# ------------------------------------ PixPro on a small backbone ------------------------------------
+class SmallBackbone(nn.Module):
+    """A hand-made network: PixPro needs nothing but a map and out_channels."""
+
+    def __init__(self, channels=3):
+        super().__init__()
+        self.out_channels = 8
+        self.body = nn.Sequential(nn.Conv2d(channels, 8, 4, stride=4), nn.BatchNorm2d(8), nn.ReLU())
+
+    def forward(self, image):
+        return self.body(image)
+
+
+def small_pixpro(seed=0, **options):
+    torch.manual_seed(seed)
+    return PixPro(SmallBackbone(), dim=6, hidden_dim=10, **options)
+
+
+def small_batch(n=4, seed=0, height=12, width=16):
+    generator = torch.Generator().manual_seed(seed)
+    view_1, view_2 = torch.randn(2, n, 3, height, width, generator=generator)
+    return view_1, view_2, random_boxes(n, seed=1), random_boxes(n, seed=1) + 5
+
+
+@pytest.fixture
+def plain_equations(monkeypatch):
+    """Trivial stand-ins for the equations, to test how PixPro connects them, whatever state they are in."""
+
+    def everything(box_1, box_2, size, threshold):
+        return torch.ones(len(box_1), size.numel(), size.numel(), dtype=torch.bool)
+
+    def product(x, x_prime, *rest):
+        return -(x * x_prime.detach()).mean()
+
+    monkeypatch.setattr(pixpro, "positive_pairs", everything)
+    monkeypatch.setattr(pixpro, "PixelPropagation", lambda dim, *rest: nn.Conv2d(dim, dim, 1))
+    for name in ("consistency_loss", "pixcontrast_loss"):
+        monkeypatch.setattr(pixpro, name, product)
+
+
+# ------------------------------------ Eq. 6 ------------------------------------
+def test_eq6_instance_loss_by_hand():
+    # cosines of (3,4) with (1,0): 0.6; of (0,2) with (0,5): 1. Mean 0.8.
+    assert instance_loss(tensor([3, 4], [0, 2]), tensor([1, 0], [0, 5])).item() == pytest.approx(-0.8)
+
+
+def test_eq6_instance_loss_of_one_hot_vectors():
+    eye = torch.eye(4)
+    assert instance_loss(eye, eye).item() == -1
+    assert instance_loss(eye, -eye).item() == 1
+    assert instance_loss(eye, eye.roll(1, 0)).item() == 0
+    assert instance_loss(eye, eye[[0, 1, 3, 2]]).item() == -0.5
+
+
+def test_eq6_instance_loss_equals_loops():
+    p, z_prime = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
+    expected = -sum(cosine(a, b) for a, b in zip(p, z_prime)) / 5
+    assert instance_loss(p, z_prime).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_eq6_target_receives_no_gradient():
+    p, z_prime = torch.randn(2, 5, 7).unbind()
+    p.requires_grad_(), z_prime.requires_grad_()
+    instance_loss(p, z_prime).backward()
+    assert p.grad is not None and z_prime.grad is None
+
+
+def test_eq6_without_weight_is_exactly_pixpro(plain_equations):
+    model = small_pixpro(instance_weight=0.0)
+    assert not any("instance" in name for name, _ in model.named_parameters())
+    loss = model(*small_batch()).loss
+    model = small_pixpro(instance_weight=0.5)  # the same weights: its extra heads are made last
+    model.instance_weight = 0.0
+    assert torch.equal(model(*small_batch()).loss, loss)
+
+
+def test_eq6_adds_alpha_times_the_instance_loss(plain_equations, monkeypatch):
+    # One-hot pooled vectors, equal in both views: each direction gives -1, so Eq. 6 is the pixel loss - 2 alpha.
+    for alpha in (0.5, 1.0):
+        model = small_pixpro(instance_weight=alpha)
+
+        class OneHot(nn.Module):
+            def forward(self, x):
+                return torch.eye(6)[: len(x), :, None, None].expand(-1, -1, 3, 4)
+
+        for name in ("instance_projector", "instance_predictor", "momentum_instance_projector"):
+            setattr(model, name, OneHot())
+        total = model(*small_batch()).loss
+        model.instance_weight = 0.0
+        assert (total - model(*small_batch()).loss).item() == pytest.approx(-2 * alpha, abs=1e-6)
+
+
+def test_eq6_branch_in_the_authors_order(plain_equations, monkeypatch):
+    # projector, predictor, pooling, cosine; targets from the momentum branch of the other view
+    model = small_pixpro(instance_weight=1.0)
+    for p in model.momentum_instance_projector.parameters():
+        nn.init.normal_(p)  # now online and momentum differ
+    view_1, view_2, *boxes = small_batch()
+    with torch.no_grad():
+        difference = model(view_1, view_2, *boxes).loss
+        model.instance_weight = 0.0
+        difference = difference - model(view_1, view_2, *boxes).loss
+        p = [model.instance_predictor(model.instance_projector(model.backbone(v))).mean((2, 3)) for v in (view_1, view_2)]
+        z = [model.momentum_instance_projector(model.momentum_backbone(v)).mean((2, 3)) for v in (view_1, view_2)]
+    expected = instance_loss(p[0], z[1]) + instance_loss(p[1], z[0])
+    assert difference.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_eq6_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match=r"found \[2, 3\] and \[2, 4\]"):
+        instance_loss(torch.ones(2, 3), torch.ones(2, 4))
+
+
+# ------------------------------------ Momentum encoder ------------------------------------
+def test_momentum_at_authors_numbers():
+    authors = {0: 0.99, 1: 0.9900024671981713, 25: 0.9914644660940672, 50: 0.995, 99: 0.9999975328018287}
+    for step, m in authors.items():
+        assert momentum_at(step, 100) == pytest.approx(m, abs=1e-12)
+
+
+def test_momentum_at_rises_from_base_to_1():
+    assert momentum_at(0, 7, base=0.9) == pytest.approx(0.9) and momentum_at(7, 7) == 1
+    values = [momentum_at(step, 50) for step in range(51)]
+    assert values == sorted(values)
+    for step, total in ((-1, 10), (11, 10), (0, 0)):
+        with pytest.raises(ValueError, match="expected 0 <= step <= total_steps"):
+            momentum_at(step, total)
+
+
+def momentum_pairs(model):
+    yield from zip(model.momentum_backbone.parameters(), model.backbone.parameters())
+    yield from zip(model.momentum_projector.parameters(), model.projector.parameters())
+    yield from zip(model.momentum_instance_projector.parameters(), model.instance_projector.parameters())
+
+
+def test_momentum_update_is_the_convex_combination(plain_equations):
+    model = small_pixpro(instance_weight=1.0)
+    assert all(torch.equal(target, online) for target, online in momentum_pairs(model))  # equal at the start
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p))
+    before = [(target.clone(), online.clone()) for target, online in momentum_pairs(model)]
+    model.update_momentum(0.9)
+    for (target, online), (old, old_online) in zip(momentum_pairs(model), before):
+        assert torch.allclose(target, 0.9 * old + 0.1 * old_online, atol=1e-6)
+        assert torch.equal(online, old_online)
+    model.update_momentum(0)
+    assert all(torch.equal(target, online) for target, online in momentum_pairs(model))
+    kept = [target.clone() for target, _ in momentum_pairs(model)]
+    model.update_momentum(1)
+    assert all(torch.equal(target, old) for (target, _), old in zip(momentum_pairs(model), kept))
+
+
+def test_momentum_update_changes_nothing_at_the_first_step(plain_equations):
+    model = small_pixpro()
+    before = [p.clone() for p in model.parameters()]
+    model.update_momentum(momentum_at(0, 10))
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before))
+
+
+def test_momentum_leaves_batchnorm_buffers_alone(plain_equations):
+    model = small_pixpro()
+    with torch.no_grad():
+        for buffer in model.backbone.buffers():
+            buffer.fill_(5)
+    before = [buffer.clone() for buffer in model.momentum_backbone.buffers()]
+    model.update_momentum(0.5)
+    assert all(torch.equal(buffer, old) for buffer, old in zip(model.momentum_backbone.buffers(), before))
+    model(*small_batch())  # in train mode it keeps statistics of its own
+    assert not torch.equal(model.momentum_backbone.body[1].running_mean, before[0])
+
+
+def test_momentum_weights_make_the_target(plain_equations):
+    model = small_pixpro(instance_weight=1.0)
+    for name in ("momentum_backbone", "momentum_projector", "momentum_instance_projector"):
+        before = model(*small_batch()).loss.item()
+        with torch.no_grad():
+            next(getattr(model, name).parameters()).mul_(-2)
+        assert abs(model(*small_batch()).loss.item() - before) > 1e-5, f"{name} is not used"
+
+
+def test_momentum_path_never_calls_online_modules(plain_equations):
+    model = small_pixpro(instance_weight=1.0)
+    calls = {name: [] for name, _ in model.named_children()}
+    for name, module in model.named_children():
+        module.register_forward_hook(lambda *_, name=name: calls[name].append(torch.is_grad_enabled()))
+    model(*small_batch())
+    for name, enabled in calls.items():
+        assert enabled == [not name.startswith("momentum")] * 2, name  # both views; gradient for online modules alone
+
+
+def test_momentum_receives_no_gradient_and_no_optimizer_step(plain_equations):
+    model = small_pixpro(instance_weight=1.0)
+    model(*small_batch()).loss.backward()
+    for name, p in model.named_parameters():
+        assert p.requires_grad != name.startswith("momentum"), name
+        assert (p.grad is None) == name.startswith("momentum"), name
+
+
+def test_momentum_refuses_values_out_of_range(plain_equations):
+    for m in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match=r"m in \[0, 1\]"):
+            small_pixpro().update_momentum(m)
+
+
+# ------------------------------------ Two views ------------------------------------
+def coordinates_image(height, width):
+    """Red is the column, green is the row of each pixel."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([x, y, torch.zeros_like(x)]).to(torch.uint8)
+
+
+def pairs_of(result):
+    view_1, view_2, box_1, box_2 = result
+    return [(view_1, box_1), (view_2, box_2)]
+
+
+@pytest.mark.parametrize("height, width", [(200, 250), (250, 120)])
+def test_views_show_what_their_boxes_bound(height, width):
+    views = TwoViews(size=56)
+    views.colour_1 = views.colour_2 = v2.ToDtype(torch.float32)  # colours off
+    torch.manual_seed(0)
+    mirrored = 0
+    for _ in range(20):
+        for view, box in pairs_of(views(coordinates_image(height, width))):
+            x0, y0, x1, y1 = box.tolist()
+            mirrored += x0 > x1
+            step_x, step_y = (x1 - x0) / 56, (y1 - y0) / 56  # pixels of the image per pixel of the view
+            cells = torch.arange(56) + 0.5
+            # The pixel at coordinate p has its centre at p + 0.5; the resize averages over its support at the edges.
+            support_x, support_y = max(1, abs(step_x)) + 1, max(1, abs(step_y)) + 1
+            assert (view[0] - (x0 + step_x * cells - 0.5)[None, :]).abs().max() <= support_x
+            assert (view[1] - (y0 + step_y * cells - 0.5)[:, None]).abs().max() <= support_y
+            inner = slice(3, -3)  # away from the edges the support is symmetric: only rounding is left
+            assert (view[0] - (x0 + step_x * cells - 0.5)[None, :])[inner, inner].abs().max() <= 1
+            assert (view[1] - (y0 + step_y * cells - 0.5)[:, None])[inner, inner].abs().max() <= 1
+    assert 8 <= mirrored <= 32  # of 40
+
+
+def test_views_have_the_promised_form():
+    torch.manual_seed(0)
+    view_1, view_2, box_1, box_2 = TwoViews(size=32)(torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8))
+    for view, box in ((view_1, box_1), (view_2, box_2)):
+        assert view.shape == (3, 32, 32) and view.dtype == torch.float32
+        assert box.shape == (4,) and box.dtype == torch.float32
+    assert not torch.equal(box_1, box_2)
+
+
+def test_views_are_cropped_by_scale_and_ratio():
+    torch.manual_seed(0)
+    image = torch.zeros(3, 300, 400, dtype=torch.uint8)
+    boxes = torch.stack([TwoViews(size=8, scale=(0.2, 0.5)).crop(image)[1] for _ in range(300)])
+    width, height = (boxes[:, 2] - boxes[:, 0]).abs(), boxes[:, 3] - boxes[:, 1]
+    share = width * height / (300 * 400)
+    assert 0.19 < share.min() < 0.25 and 0.45 < share.max() < 0.51
+    assert 0.74 < (width / height).min() < 0.8 and 1.25 < (width / height).max() < 1.35
+    assert TwoViews().scale == (0.08, 1.0) and TwoViews().size == 224
+
+
+def test_views_of_which_only_the_second_is_solarised():
+    # Of a white image no other change makes anything dark: brightness keeps at least 0.6. Solarised, white is black.
+    white = torch.full((3, 40, 40), 255, dtype=torch.uint8)
+    torch.manual_seed(0)
+    dark = [0, 0]
+    for _ in range(200):
+        for index, (view, _) in enumerate(pairs_of(TwoViews(size=16)(white))):
+            value = view * torch.tensor(pixpro.STD)[:, None, None] + torch.tensor(pixpro.MEAN)[:, None, None]
+            dark[index] += bool(value.mean() < 0.5)
+    assert dark[0] == 0 and 20 <= dark[1] <= 62  # 200 x 0.2 = 40, +- 4 standard deviations of 5.7
+
+
+def test_views_of_which_the_first_is_always_blurred():
+    noise = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    views = TwoViews(size=64, scale=(1.0, 1.0))
+    torch.manual_seed(0)
+    rough = torch.tensor([[view.diff(dim=2).std() / view.std() for view, _ in pairs_of(views(noise))] for _ in range(100)])
+    # White noise has 1.41; with sigma > 0.35 half of the time, that falls below 1. The second view is blurred in 1 of 10.
+    assert (rough[:, 0] < 1).float().mean() > 0.5 and (rough[:, 1] < 1).float().mean() < 0.5
+
+
+def test_views_blur_is_gaussian():
+    point = torch.zeros(1, 41, 41)
+    point[0, 20, 20] = 1
+    torch.manual_seed(0)
+    sigma = torch.empty(()).uniform_(0.1, 2.0).item()
+    torch.manual_seed(0)
+    blurred = pixpro.random_blur(point)[0]
+    distance = torch.arange(41) - 20.0
+    assert blurred.sum().item() == pytest.approx(1, abs=1e-4)
+    for axis in (0, 1):
+        variance = (blurred.sum(axis) * distance**2).sum().item()
+        assert sigma > 1 and variance == pytest.approx(sigma**2, rel=0.05)  # cut at 3 sigma
+
+
+def test_views_are_normalised():
+    gray = torch.full((3, 20, 20), 128, dtype=torch.uint8)
+    view = v2.Compose(TwoViews().colour_1.transforms[:1] + TwoViews().colour_1.transforms[-1:])(gray)
+    expected = [(128 / 255 - mean) / std for mean, std in zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+    assert view[:, 0, 0].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_views_follow_the_seed_and_take_pil_images():
+    image = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
+    results = []
+    for form in (image, image, v2.functional.to_pil_image(image)):
+        torch.manual_seed(5)
+        results.append(TwoViews(size=24)(form))
+    for first, second, third in zip(*results):
+        assert torch.equal(first, second) and torch.equal(first, third)
+    gray = v2.functional.to_pil_image(image[:1])
+    assert TwoViews(size=24)(gray)[0].shape == (3, 24, 24)
+
+
+def test_views_refuse_what_does_not_fit():
+    with pytest.raises(TypeError, match="found torch.float32"):
+        TwoViews()(torch.zeros(3, 20, 20))
+    with pytest.raises(TypeError, match="found <class 'str'>"):
+        TwoViews()("image.jpg")
+    with pytest.raises(ValueError, match=r"expected an RGB image \[3, H, W\], found \[1, 20, 20\]"):
+        TwoViews()(torch.zeros(1, 20, 20, dtype=torch.uint8))
+
+
+# ------------------------------------ LARS and the learning rate ------------------------------------
+def lars_steps(optimizer_class=train.LARS, **options):
+    """The authors' three steps on a matrix, a vector and a matrix of zeros."""
+    w, b, z = (nn.Parameter(p) for p in (wave(5, 7, a=0.9), wave(7, a=0.4), torch.zeros(3, 3)))
+    optimizer = optimizer_class([w, b, z], lr=0.3, **options)
+    for t in range(3):
+        w.grad, b.grad = wave(5, 7, a=0.31, b=t), wave(7, a=0.71, b=t)
+        z.grad = torch.full((3, 3), float(t > 0))
+        optimizer.step()
+    return w, b, z
+
+
+def test_lars_authors_numbers():
+    w, b, z = lars_steps(momentum=0.9, weight_decay=1e-2)
+    first = [0.7822871804, 0.9352322221, 0.1264628023, -0.8391467333, -0.8408296704, 0.1752143502]
+    bias = [-0.8305042386, -0.2755451798, 0.8271970153, 1.8314388990, 1.9535747766, 0.9095216990, -0.7446691990]
+    assert w.flatten()[:6].tolist() == pytest.approx(first, abs=1e-6)
+    assert b.tolist() == pytest.approx(bias, abs=1e-6)
+    assert z[0, 0].item() == pytest.approx(-0.5700899959, abs=1e-6)
+
+
+def test_lars_equals_the_formula():
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(4, 3, 2, 2, dtype=torch.float64))
+    expected, velocity = p.detach().clone(), torch.zeros_like(p)
+    optimizer = train.LARS([p], lr=0.2)
+    for _ in range(4):
+        p.grad = torch.randn_like(p)
+        g = p.grad + 1e-5 * expected
+        g = g * 1e-3 * expected.norm() / (g.norm() + 1e-8)
+        velocity = 0.9 * velocity + g
+        expected = expected - 0.2 * velocity
+        optimizer.step()
+        assert torch.allclose(p, expected, atol=1e-12)
+
+
+def test_lars_treats_vectors_like_plain_sgd():
+    b = lars_steps(weight_decay=1.0)[1]
+    plain = lars_steps(torch.optim.SGD, momentum=0.9)[1]
+    assert torch.equal(b, plain)
+
+
+def test_lars_step_size_does_not_depend_on_the_scale_of_the_gradient():
+    moved = []
+    for scale in (1, 1000):
+        p = nn.Parameter(torch.ones(3, 3))
+        p.grad = scale * torch.eye(3)
+        train.LARS([p], lr=1.0, weight_decay=0).step()
+        moved.append((p - 1).norm().item())
+    assert moved == pytest.approx([3e-3, 3e-3], rel=1e-4)  # trust coefficient x |p|
+
+
+def test_lars_skips_parameters_without_gradient_and_takes_a_closure():
+    used, unused = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
+    optimizer = train.LARS([used, unused], lr=1.0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = used.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 4
+    assert (used < 1).all() and (unused == 1).all()
+
+
+def test_lars_continues_from_its_state():
+    torch.manual_seed(0)
+    gradients = torch.randn(4, 3, 3)
+    p, q = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
+    optimizer = train.LARS([p], lr=0.5)
+    for k in range(4):
+        if k == 2:
+            q.data.copy_(p.data)
+            other = train.LARS([q], lr=0.5)
+            other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        p.grad = gradients[k].clone()
+        optimizer.step()
+        if k >= 2:
+            q.grad = gradients[k].clone()
+            other.step()
+    assert torch.equal(p, q)
+
+
+def test_schedule_authors_numbers():
+    authors = {0: 0.04, 1: 0.1192, 25: 2.02, 49: 3.9208, 50: 4.0, 51: 3.999561367059349}
+    authors |= {100: 3.0000002500000003, 150: 1.0000007499999994, 199: 0.0004396329406507382}
+    for step, lr in authors.items():
+        assert train.lr_at(step, total_steps=200, warmup_steps=50, peak=4.0) == pytest.approx(lr, abs=1e-12)
+
+
+def test_schedule_ends_at_the_floor_and_never_leaves_its_range():
+    assert train.lr_at(80, 80, 10, peak=2.0, floor=0.5) == pytest.approx(0.5)
+    rates = [train.lr_at(step, 80, 10, peak=2.0) for step in range(81)]
+    assert max(rates) == rates[10] == 2.0 and rates == sorted(rates[:11]) + sorted(rates[11:], reverse=True)
+
+
+def test_schedule_without_warmup_and_all_warmup():
+    assert train.lr_at(0, 10, 0, peak=1.0) == 1.0
+    assert train.lr_at(9, 10, 10, peak=1.0) == pytest.approx(0.01 + 0.99 * 0.9)
+    assert train.lr_at(9, 10, 30, peak=1.0) == pytest.approx(0.01 + 0.99 * 0.3)
+
+
+# ------------------------------------ Training runs ------------------------------------
+@pytest.fixture
+def photographs(tmp_path):
+    """A folder of twelve small images in subfolders, of several formats."""
+    folder = tmp_path / "photographs"
+    for number in range(12):
+        image = torch.randint(0, 256, (3, 40, 30 + number), generator=torch.Generator().manual_seed(number))
+        path = folder / f"kind {number % 3}" / f"{number}.{['png', 'jpg', 'bmp'][number % 3]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        v2.functional.to_pil_image(image.to(torch.uint8)).save(path)
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+SMALL = "--arch resnet18 --layer layer2 --size 32 --batch 4 --hidden-dim 32 --amp off --device cpu --workers 1".split()
+
+
+def run_main(out, *flags):
+    train.main([*SMALL, "--out", str(out), *map(str, flags)])
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_weights(a, b):
+    one, two = (torch.load(out / "last.pt", weights_only=True)["core"] for out in (a, b))
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.fixture
+def few_scenes(monkeypatch):
+    monkeypatch.setattr(train, "SCENES", 8)
+    monkeypatch.setattr(train, "PROBE_SCENES", 6)
+
+
+def test_train_on_scenes_writes_everything(few_scenes, tmp_path, capsys):
+    run_main(tmp_path, "--steps", 12, "--lr", 1)
+    printed = capsys.readouterr().out
+    assert "linear probe, mIoU: random initialisation" in printed and "step 12/12" in printed
+    records = metrics(tmp_path)
+    assert [record["step"] for record in records] == [10, 12]
+    assert set(records[0]) == {"step", "loss", "similarity", "positives", "spread", "lr", "m"}  # no wall-clock figures
+    assert records[-1]["m"] == momentum_at(11, 12)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["backbone.pt", "features.png", "last.pt", "metrics.jsonl"]
+    network = torchvision.models.resnet18(weights=None)
+    missing, unexpected = network.load_state_dict(torch.load(tmp_path / "backbone.pt", weights_only=True), strict=False)
+    assert not unexpected and {name.split(".")[0] for name in missing} == {"layer3", "layer4", "fc"}
+
+
+def test_train_on_photographs(photographs, tmp_path, capsys):
+    run_main(tmp_path / "out", "--data", photographs, "--steps", 2)
+    assert (tmp_path / "out" / "features.png").exists() and metrics(tmp_path / "out")[-1]["step"] == 2
+    assert "probe" not in capsys.readouterr().out  # there are no masks
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(monkeypatch, step):
+    """The next run dies after this step's record."""
+    record = train.Run.record
+
+    def dying(run, outputs):
+        record(run, outputs)
+        if run.step == step:
+            raise Killed
+
+    monkeypatch.setattr(train.Run, "record", dying)
+
+
+@pytest.mark.parametrize("flags", [[], ["--instance-weight", 1, "--num-layers", 2], ["--objective", "pixcontrast"]])
+def test_train_continues_bit_for_bit(photographs, tmp_path, monkeypatch, flags, capsys):
+    monkeypatch.setattr(train, "RECORD_STEPS", 2)
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+    flags = ["--data", photographs, "--steps", 6, "--lr", 1, *flags]
+    run_main(tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch:
+        kill_at(patch, step=4)
+        with pytest.raises(Killed):
+            run_main(tmp_path / "killed", *flags)
+    with open(tmp_path / "killed" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')  # what a kill in the middle of writing leaves
+    run_main(tmp_path / "killed", *flags, "--workers", 2)
+    assert same_weights(tmp_path / "whole", tmp_path / "killed")
+    assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (tmp_path / "killed" / "metrics.jsonl").read_bytes()
+    run_main(tmp_path / "killed", *flags)
+    assert "complete: 6 steps" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_train_continues_from_the_start_without_a_checkpoint(photographs, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "RECORD_STEPS", 1)
+    with monkeypatch.context() as patch:
+        kill_at(patch, step=2)
+        with pytest.raises(Killed):
+            run_main(tmp_path / "out", "--data", photographs, "--steps", 3)
+    assert len(metrics(tmp_path / "out")) == 2 and not (tmp_path / "out" / "last.pt").exists()
+    run_main(tmp_path / "out", "--data", photographs, "--steps", 3)
+    assert [record["step"] for record in metrics(tmp_path / "out")] == [1, 2, 3]
+
+
+def test_train_does_not_restart_m(photographs, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "RECORD_STEPS", 1)
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+    with monkeypatch.context() as patch:
+        kill_at(patch, step=3)
+        with pytest.raises(Killed):
+            run_main(tmp_path / "out", "--data", photographs, "--steps", 5)
+    used = []
+    update = PixPro.update_momentum
+    monkeypatch.setattr(PixPro, "update_momentum", lambda model, m: (used.append(m), update(model, m)))
+    run_main(tmp_path / "out", "--data", photographs, "--steps", 5)
+    assert used == [momentum_at(3, 5), momentum_at(4, 5)]
+
+
+def test_train_refuses_other_settings(photographs, tmp_path, capsys):
+    flags = ["--data", photographs, "--steps", 1]
+    run_main(tmp_path / "out", *flags)
+    before = (tmp_path / "out" / "last.pt").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        run_main(tmp_path / "out", *flags, "--gamma", 1, "--seed", 3)
+    assert stop.value.code == 2
+    assert "gamma was 2.0, is 1.0" in (error := capsys.readouterr().err) and "seed was 0, is 3" in error
+    assert (tmp_path / "out" / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--arch", "resnet19"], "resnet18"),
+        (["--layer", "layer9"], "layer4"),
+        (["--batch", "0"], "expected a batch"),
+        (["--steps", "0"], "at least one step"),
+        (["--gamma", "-1"], "expected gamma > 0"),
+        (["--objective", "simclr"], "found 'simclr'"),
+        (["--obj", "pixpro"], "unrecognized arguments: --obj"),
+        (["--lr", "-1"], "learning rate"),
+        (["--data", "no-such-folder"], "expected images below no-such-folder, found none"),
+    ],
+)
+def test_train_refuses_bad_flags_in_one_sentence(photographs, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        run_main(tmp_path / "out", "--data", photographs, "--steps", "1", *flags)
+    error = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and message in error[-1] and len(error) <= 2
+    assert not (tmp_path / "out" / "last.pt").exists()
+
+
+def test_train_stops_at_a_loss_that_is_not_finite(photographs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "RECORD_STEPS", 2)
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+    forward = PixPro.forward
+    calls = []
+
+    def breaking(model, *batch):
+        calls.append(1)
+        output = forward(model, *batch)
+        return output._replace(loss=output.loss * math.nan) if len(calls) == 3 else output
+
+    monkeypatch.setattr(PixPro, "forward", breaking)
+    with pytest.raises(SystemExit, match="the loss of step 3 is nan"):
+        run_main(tmp_path / "out", "--data", photographs, "--steps", 6)
+    assert torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"] == 2
+    assert [record["step"] for record in metrics(tmp_path / "out")] == [2]
+
+
+def test_train_warns_of_collapse(photographs, tmp_path, monkeypatch, capsys):
+    forward = PixPro.forward
+    for spread, warned in ((0.2, True), (0.8, False)):
+        monkeypatch.setattr(PixPro, "forward", lambda *a: forward(*a)._replace(spread=torch.tensor(spread)))
+        run_main(tmp_path / str(spread), "--data", photographs, "--steps", 2, "--warmup-epochs", 0)
+        assert ("the features may have collapsed" in capsys.readouterr().out) == warned
+
+
+def test_train_samples_depend_on_seed_and_number_alone():
+    images = train.Scenes(5, size=48).images
+    samples = train.Samples(images, TwoViews(size=16), seed=1)
+    first = [samples[n] for n in range(12)]
+    again = train.Samples(images, TwoViews(size=16), seed=1)
+    torch.manual_seed(99)
+    for n in (11, 0, 5, 3):
+        assert all(torch.equal(a, b) for a, b in zip(first[n], again[n]))
+    other = train.Samples(images, TwoViews(size=16), seed=2)
+    assert not torch.equal(other[0][0], first[0][0])
+    assert not torch.equal(first[0][2], first[1][2])  # a crop of its own for every sample
+
+
+def test_train_sees_every_image_once_an_epoch():
+    images = [torch.full((3, 20, 20), 10 * k, dtype=torch.uint8) for k in range(6)]
+    samples = train.Samples(images, lambda image: int(image[0, 0, 0]) // 10, seed=0)
+    orders = [[samples[n] for n in range(6 * epoch, 6 * epoch + 6)] for epoch in range(3)]
+    assert all(sorted(order) == list(range(6)) for order in orders) and orders[0] != orders[1]
+
+
+def test_train_scenes_are_a_function_of_seed_and_number():
+    scenes = train.Scenes(4, seed=3, first=10, size=64)
+    assert scenes.images.shape == (4, 3, 64, 64) and scenes.images.dtype == torch.uint8
+    assert scenes.masks.shape == (4, 64, 64) and scenes.masks.max() < len(train.CLASSES)
+    again = train.Scenes(1, seed=3, first=12, size=64)
+    assert torch.equal(again.images[0], scenes.images[2]) and torch.equal(again.masks[0], scenes.masks[2])
+    assert not torch.equal(train.Scenes(1, seed=4, first=12, size=64).images, again.images)
+    assert len(train.Scenes(12).masks.unique()) == len(train.CLASSES)
+
+
+def test_train_scenes_colour_alone_does_not_give_the_class():
+    # The best linear classifier of the colour of single pixels stays below 40% mean IoU.
+    class Colour(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unused = nn.Parameter(torch.zeros(1))
+
+        def forward(self, image):
+            return F.avg_pool2d(image, 4)
+
+    miou = train.linear_probe(Colour(), train.Scenes(48, first=0, size=72), train.Scenes(48, first=48, size=72))
+    assert 5 < miou < 40
+
+
+def test_train_probe_finds_classes_that_are_linear_in_the_features():
+    class Revealed(nn.Module):
+        """Its features are the classes themselves: images hold the class in the red channel."""
+
+        def __init__(self):
+            super().__init__()
+            self.unused = nn.Parameter(torch.zeros(1))
+
+        def forward(self, image):
+            value = image[:, 0] * 0.229 + 0.485  # undo the normalisation
+            return torch.stack([((value * 255).round() == k).float() for k in range(8)], 1)
+
+    def scenes(first):
+        drawn = train.Scenes(6, first=first, size=48)
+        return types.SimpleNamespace(images=drawn.masks[:, None].expand(-1, 3, -1, -1).to(torch.uint8), masks=drawn.masks)
+
+    assert train.linear_probe(Revealed(), scenes(0), scenes(6)) > 99
+
+
+def torchrun(ranks, out, *flags):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "train.py"]
+    command += [*SMALL, "--out", str(out), *map(str, flags)]
+    return subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=200)
+
+
+def test_train_on_two_ranks(photographs, tmp_path):
+    flags = ["--data", photographs, "--steps", 2, "--lr", 1]
+    done = torchrun(2, tmp_path / "two", *flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 2/2") == 1 and done.stdout.count("complete: 2 steps") == 1
+    run_main(tmp_path / "one", *flags)
+    one, two = metrics(tmp_path / "one")[0], metrics(tmp_path / "two")[0]
+    assert two["positives"] == pytest.approx(one["positives"])  # the same samples and crops
+    assert two["loss"] == pytest.approx(one["loss"], abs=0.2)  # BatchNorm saw half batches: near, not equal
+    again = torchrun(2, tmp_path / "two", *flags)
+    assert again.returncode == 0 and again.stdout.count("complete: 2 steps") == 1
+
+
+RANK_SCRIPT = """
+import os, sys, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+import test_pixpro
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+model = test_pixpro.small_pixpro(instance_weight=1.0).eval()
+batch = [part[2 * rank : 2 * rank + 2] for part in test_pixpro.small_batch()]
+own = torch.autograd.grad(model(*batch).loss, [p for p in model.parameters() if p.requires_grad])
+wrapped = DistributedDataParallel(model, broadcast_buffers=False)
+wrapped(*batch).loss.backward()
+shared = [p.grad for p in model.parameters() if p.requires_grad]
+torch.save((own, shared), f"{sys.argv[1]}/{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_train_gradient_of_two_ranks_is_the_mean(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(RANK_SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    (own_0, shared_0), (own_1, shared_1) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    model = small_pixpro(instance_weight=1.0).eval()
+    whole = torch.autograd.grad(model(*small_batch()).loss, [p for p in model.parameters() if p.requires_grad])
+    for a, b, first, second, one in zip(own_0, own_1, shared_0, shared_1, whole):
+        assert torch.equal(first, second)
+        assert torch.allclose(first, (a + b) / 2, atol=1e-7)
+        assert torch.allclose(first, one, atol=1e-6)  # BatchNorm in eval mode, every image has positives
+
+
+def test_train_amp_auto(monkeypatch):
+    monkeypatch.setattr(train.sys, "platform", "linux")
+    for flags, amp in (("fma avx512_bf16", "bf16"), ("amx_bf16 sse2", "bf16"), ("avx2 avx512f", "off")):
+        monkeypatch.setattr(Path, "read_text", lambda path: flags)
+        assert train.auto_amp(torch.device("cpu")) == amp
+
+
+def test_train_in_bf16_and_fp16(photographs, tmp_path):
+    losses = {}
+    for amp in ("off", "bf16", "fp16"):
+        run_main(tmp_path / amp, "--data", photographs, "--steps", 2, "--amp", amp)
+        losses[amp] = metrics(tmp_path / amp)[-1]["loss"]
+    assert losses["bf16"] == pytest.approx(losses["off"], abs=0.05) and losses["bf16"] != losses["off"]
+    assert losses["fp16"] == pytest.approx(losses["off"], abs=0.05) and losses["fp16"] != losses["off"]
+
+
+# ------------------------------------ Networks ------------------------------------
+def test_backbone_has_torchvisions_names():
+    for layer, above in (("layer4", {"fc"}), ("layer3", {"layer4", "fc"})):
+        backbone, network = Backbone("resnet18", layer), torchvision.models.resnet18(weights=None)
+        missing, unexpected = network.load_state_dict(backbone.body.state_dict(), strict=False)
+        assert not unexpected and {name.split(".")[0] for name in missing} == above
+        x = torch.randn(2, 3, 64, 64)
+        with torch.no_grad():
+            up_to = nn.Sequential(*list(network.children())[: -2 if layer == "layer4" else -3])
+            assert torch.equal(backbone.eval()(x), up_to.eval()(x))
+
+
+@pytest.mark.parametrize(
+    "arch, layer, channels",
+    [("resnet18", "layer1", 64), ("mobilenet_v3_small", "features", 576), ("convnext_tiny", "features.3", 192)],
+)
+def test_backbone_of_any_architecture(arch, layer, channels):
+    backbone = Backbone(arch, layer)
+    assert backbone.out_channels == channels and backbone.training
+    assert backbone(torch.randn(2, 3, 64, 96)).shape[1] == channels
+
+
+def test_backbone_leaves_no_trace():
+    torch.manual_seed(0)
+    network = torchvision.models.get_model("efficientnet_b0", weights=None)  # dropout, stochastic depth, BatchNorm
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    backbone = Backbone("efficientnet_b0", "features")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, network.state_dict()[name]) for name, value in backbone.body.state_dict().items())
+    assert all(module.training for module in backbone.modules())
+
+
+def test_backbone_starts_residual_blocks_at_zero():
+    for arch, last in (("resnet18", "bn2"), ("resnext50_32x4d", "bn3")):
+        block = Backbone(arch).body.get_submodule("layer1.0")
+        assert not getattr(block, last).weight.any() and block.bn1.weight.all()
+
+
+def test_backbone_refuses_what_gives_no_map():
+    with pytest.raises(ValueError, match="arch such as resnet50, .*; found 'resnet5'"):
+        Backbone("resnet5")
+    with pytest.raises(ValueError, match="layer such as layer4, .*; found 'layer_4'"):
+        Backbone("resnet18", "layer_4")
+    with pytest.raises(ValueError, match=r"from layer 'encoder' of vit_b_32, found \[1, 50, 768\]"):
+        Backbone("vit_b_32", "encoder")
+    with pytest.raises(ValueError, match=r"from layer 'features' of swin_t, found \[1, 7, 7, 768\]"):
+        Backbone("swin_t", "features")
+
+
+def test_projection_head():
+    head = projection_head(4, 6, 5)
+    assert [type(layer).__name__ for layer in head] == ["Conv2d", "BatchNorm2d", "ReLU", "Conv2d"]
+    assert head(torch.randn(2, 4, 3, 2)).shape == (2, 5, 3, 2)
+    assert head[0].weight.shape == (6, 4, 1, 1) and head[3].bias.shape == (5,)
+
+
+# ------------------------------------ The whole ------------------------------------
+def authors_model():
+    """The authors' network of their training example, every weight a wave."""
+    backbone = nn.Sequential(nn.Conv2d(3, 2048, 8, stride=8, bias=False), nn.BatchNorm2d(2048), nn.ReLU())
+    backbone.out_channels = 2048
+    model = PixPro(backbone, hidden_dim=4096)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "backbone.0" in name:
+                p.copy_(0.1 * wave(2048, 3, 8, 8, a=0.11))
+            elif p.dim() > 1:
+                p.copy_(wave(*p.shape, a=0.07) / math.sqrt(p.shape[1]))
+            elif not isinstance(model.get_submodule(name.rsplit(".", 1)[0]), nn.BatchNorm2d):
+                p.copy_(0.01 * wave(*p.shape, a=0.19))
+    return model
+
+
+def test_whole_four_steps_equal_the_authors():
+    model = authors_model()
+    optimizer = train.LARS([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    box_1 = tensor([0.1, 0.2, 0.7, 0.9], [0, 0, 1, 1], [0.8, 0.1, 0.3, 0.6], [0.2, 0.2, 0.6, 0.6])
+    box_2 = tensor([0.3, 0.1, 0.9, 0.8], [0.25, 0.25, 0.75, 0.75], [0.2, 0.2, 0.9, 0.7], [0.4, 0.3, 0.8, 0.7])
+    for t, authors in enumerate([0.0243279077, -0.0373621881, -0.0420739502, -0.0545188114]):
+        view_1, view_2 = wave(4, 3, 32, 32, a=0.013, b=t), wave(4, 3, 32, 32, a=0.017, b=0.3 * t)
+        model.update_momentum(momentum_at(t, 6))
+        loss = 2 * model(view_1, view_2, box_1, box_2).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert loss.item() == pytest.approx(authors, abs=1e-5)
+
+
+def test_whole_figures_are_what_they_say():
+    model = small_pixpro()
+    view_1, view_2, box_1, box_2 = small_batch()
+    output = model(view_1, view_2, box_1, box_2)
+    A = slow_positive_pairs(box_1, box_2, (3, 4), 0.7)
+    assert output.positives.item() == pytest.approx(A.sum().item() / 4)
+    with torch.no_grad():
+        x = [model.projector(model.backbone(view)) for view in (view_1, view_2)]
+        x_prime = [model.momentum_projector(model.momentum_backbone(view)) for view in (view_1, view_2)]
+        y = [model.propagation(one) for one in x]
+    forth = slow_consistency(y[0], x_prime[1], A)
+    back = slow_consistency(y[1], x_prime[0], A.transpose(1, 2))
+    assert output.loss.item() == pytest.approx(forth + back, abs=1e-5)
+    forth = slow_consistency(x[0], x_prime[1], A)
+    back = slow_consistency(x[1], x_prime[0], A.transpose(1, 2))
+    assert output.similarity.item() == pytest.approx(-(forth + back) / 2, abs=1e-5)
+    unit = np.stack([p.numpy() / math.sqrt(float(p @ p)) for one in x for image in one for p in slow_pixels(image)])
+    assert output.spread.item() == pytest.approx(unit.std(0).mean() * math.sqrt(6), abs=1e-5)
+    assert not any(figure.requires_grad for figure in output[1:]) and all(value.dim() == 0 for value in output)
+
+
+def test_whole_spread_is_1_for_white_features_and_0_when_collapsed():
+    model = small_pixpro()
+    batch = small_batch()
+    for bias, low, high in ((0, 0.5, 1.01), (1e6, 0, 0.01)):
+        nn.init.constant_(model.projector[3].bias, bias)
+        assert low <= model(*batch).spread.item() <= high
+
+
+def test_whole_pixcontrast_objective():
+    model = small_pixpro(objective="pixcontrast", temperature=0.2)
+    assert model.propagation is None
+    view_1, view_2, box_1, box_2 = small_batch()
+    A = slow_positive_pairs(box_1, box_2, (3, 4), 0.7)
+    output = model(view_1, view_2, box_1, box_2)
+    with torch.no_grad():
+        x = [model.projector(model.backbone(view)) for view in (view_1, view_2)]
+        x_prime = [model.momentum_projector(model.momentum_backbone(view)) for view in (view_1, view_2)]
+    expected = slow_pixcontrast(x[0], x_prime[1], A, 0.2) + slow_pixcontrast(x[1], x_prime[0], A.transpose(1, 2), 0.2)
+    assert output.loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"instance_weight": 1.0, "num_layers": 2}, {"objective": "pixcontrast"}])
+def test_whole_every_parameter_is_used(options):
+    model = small_pixpro(**options)
+    model(*small_batch()).loss.backward()
+    unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert unused == []
+
+
+@pytest.mark.parametrize("options", [{"instance_weight": 1.0}, {"objective": "pixcontrast"}])
+def test_whole_without_any_overlap(options):
+    model = small_pixpro(**options)
+    view_1, view_2, box_1, box_2 = small_batch()
+    output = model(view_1, view_2, box_1, box_2 + 1000)
+    output.loss.backward()
+    assert output.positives == 0 and output.similarity == 0
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_whole_one_image_in_eval_mode():
+    model = small_pixpro(instance_weight=1.0).eval()
+    output = model(*small_batch(n=1))
+    assert all(value.isfinite() for value in output)
+
+
+def test_whole_default_is_the_paper():
+    defaults = {name: p.default for name, p in inspect.signature(PixPro).parameters.items()}
+    assert defaults["dim"] == 256 and defaults["hidden_dim"] == 2048
+    assert defaults["gamma"] == 2 and defaults["num_layers"] == 1 and defaults["threshold"] == 0.7
+    assert defaults["temperature"] == 0.3 and defaults["objective"] == "pixpro" and defaults["instance_weight"] == 0
+    paper = train.PAPER
+    assert (paper["arch"], paper["layer"], paper["size"], paper["batch"]) == ("resnet50", "layer4", 224, 1024)
+    assert (paper["epochs"], paper["warmup_epochs"], paper["lr"], paper["loss_scale"]) == (100, 5, None, 2)
+    for name in train.MODEL:
+        assert paper[name] == defaults[name]
+
+
+def test_whole_one_channel_images():
+    torch.manual_seed(0)
+    model = PixPro(SmallBackbone(channels=1), dim=6, hidden_dim=10)
+    view_1, view_2, *boxes = small_batch()
+    assert model(view_1[:, :1], view_2[:, :1], *boxes).loss.isfinite()
+
+
+def test_whole_refuses_what_does_not_fit():
+    model = small_pixpro()
+    view_1, view_2, box_1, box_2 = small_batch()
+    with pytest.raises(ValueError, match="found 'simsiam'"):
+        small_pixpro(objective="simsiam")
+    with pytest.raises(ValueError, match="instance_weight >= 0, found -1"):
+        small_pixpro(instance_weight=-1)
+    with pytest.raises(ValueError, match=r"two views .* found \[4, 3, 12, 16\] and \[4, 3, 12, 15\]"):
+        model(view_1, view_2[..., 1:], box_1, box_2)
+    with pytest.raises(ValueError, match="a box for each of 4 images, found 1"):
+        model(view_1, view_2, box_1[:1], box_2[:1])  # one crop pair for a whole batch
+
+
+def test_whole_learns_on_a_fixed_batch():
+    model = small_pixpro()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    batch = small_batch()
+    first = model(*batch).loss.item()
+    for step in range(40):
+        model.update_momentum(momentum_at(step, 40))
+        loss = model(*batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < first - 0.5
+
+
+def test_whole_compiles_in_one_graph():
+    torch._dynamo.reset()
+    model = small_pixpro(instance_weight=1.0)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    expected, output = model(*small_batch()).loss, compiled(*small_batch()).loss
+    assert torch.allclose(output, expected, atol=1e-6)
+    output.backward()
+
+
+# Each equation's function and the arguments of one call.
+EQUATIONS = {
+    "eq1": ("positive_pairs", lambda: (random_boxes(3, seed=1), random_boxes(3, seed=2), (2, 3))),
+    "eq2": ("pixcontrast_loss", lambda: (*random_maps(), random_positives())),
+    "eq3-eq4": ("PixelPropagation", lambda: (random_maps()[0],)),
+    "eq5": ("consistency_loss", lambda: (*random_maps(), random_positives())),
+    "eq6": ("instance_loss", lambda: tuple(x[:, :, 0, 0] for x in random_maps())),
+    "momentum": ("momentum_at", lambda: (3, 10)),
+}
+every_equation = pytest.mark.parametrize("name, arguments", EQUATIONS.values(), ids=EQUATIONS.keys())
+
+
+def call(module, name, arguments):
+    if name == "PixelPropagation":
+        torch.manual_seed(0)
+        return module.PixelPropagation(dim=5)(*arguments)
+    return getattr(module, name)(*arguments)
+
+
+@every_equation
+def test_copy_into_another_file(name, arguments):
+    """The function and the helpers that it names, at most three, run with only torch and the standard library."""
+    definitions = {node.name: node for node in ast.parse(inspect.getsource(pixpro)).body if hasattr(node, "name")}
+    needed, queue = {}, [name]
+    while queue:
+        needed[queue[0]] = definitions[queue[0]]
+        names = {node.id for node in ast.walk(definitions[queue.pop(0)]) if isinstance(node, ast.Name)}
+        queue += sorted(names & definitions.keys() - needed.keys() - set(queue))
+    assert len(needed) <= 4
+    other = types.ModuleType("other")
+    imports = "import math\nimport torch\nimport torch.nn.functional as F\nfrom torch import nn\n"
+    exec(imports + "\n".join(ast.unparse(node) for node in needed.values()), other.__dict__)
+    expected, found = call(pixpro, name, arguments()), call(other, name, arguments())
+    assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@every_equation
+def test_half_precision(name, arguments, dtype):
+    expected = call(pixpro, name, arguments())
+    with torch.autocast("cpu", dtype):
+        found = call(pixpro, name, arguments())
+        half = call(pixpro, name, [a.to(dtype) if torch.is_tensor(a) and a.dim() == 4 else a for a in arguments()])
+    exact = name != "PixelPropagation"  # the losses compute in float32, Eq. 3's product in half precision
+    tolerance = 1e-6 if exact else 0.03
+    assert torch.allclose(torch.as_tensor(found).float(), torch.as_tensor(expected).float(), atol=tolerance)
+    assert torch.allclose(torch.as_tensor(half).float(), torch.as_tensor(expected).float(), atol=0.03)
+    if name.endswith("loss"):
+        assert found.dtype == half.dtype == torch.float32
+
+
+@every_equation
+def test_compile_fullgraph(name, arguments):
+    torch._dynamo.reset()
+    if name == "PixelPropagation":
+        torch.manual_seed(0)
+        function = PixelPropagation(dim=5)
+    else:
+        function = getattr(pixpro, name)
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    assert torch.equal(torch.as_tensor(compiled(*arguments())), torch.as_tensor(function(*arguments())))
+
+
+def test_groups_share_no_word(request):
+    """Each word of GROUPS selects its own tests and no others."""
+    groups = [(item.name, [word for word in GROUPS if word in item.name]) for item in request.session.items]
+    assert [(name, words) for name, words in groups if len(words) > 1 and words != ["eq3", "eq4"]] == []
+
+
+def test_files_stay_small_and_import_little():
+    allowed = set(sys.stdlib_module_names) | {"torch", "torchvision"}
+    for name, extra in (("pixpro", set()), ("train", {"numpy", "pixpro"})):
+        source = (HERE / f"{name}.py").read_text()
+        nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
+        modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        assert {module.split(".")[0] for module in modules} <= allowed | extra
+        assert len(source.splitlines()) <= 420

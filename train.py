@@ -1,0 +1,427 @@
+"""Pre-training with PixPro: recipes, LARS, data, AMP, DDP, checkpoints, a linear probe and a picture.
+
+    python train.py                                       recipe demo: drawn scenes, minutes on a CPU
+    python train.py --data DIR                            recipe paper, on every image below DIR
+    torchrun --nproc_per_node=8 train.py --data DIR       the same on 8 GPUs; --batch is their total
+
+Everything random is a function of (seed, number of the sample), every schedule one of the step. So the same command
+continues a stopped run exactly, and neither workers nor ranks change which samples come, or their views.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
+from torchvision.transforms import v2
+from torchvision.utils import save_image
+
+from pixpro import MEAN, STD, Backbone, Output, PixPro, TwoViews, momentum_at
+
+# ------------------------------------ Recipes ------------------------------------
+VALUES = {  # flag: (value in recipe demo, in recipe paper, meaning)
+    "arch": ("resnet18", "resnet50", "classification network of torchvision"),
+    "layer": ("layer3", "layer4", "its layer whose output is the feature map"),
+    "size": (112, 224, "pixels a side of the views"),
+    "batch": (32, 1024, "images a step, over all ranks"),
+    "epochs": (20.0, 100.0, "length of the run in passes over the images"),
+    "warmup_epochs": (5.0, 5.0, "length of the linear warm-up"),
+    "lr": (4.0, None, "peak learning rate; None: batch / 256"),
+    "loss_scale": (2.0, 2.0, "minimise so many times the loss; the authors' rates belong to twice Eq. 5"),
+    "hidden_dim": (2048, 2048, "width of the heads"),
+    "gamma": (2.0, 2.0, "exponent of Eq. 4"),
+    "num_layers": (1, 1, "layers of g in Eq. 3"),
+    "threshold": (0.7, 0.7, "T of Eq. 1"),
+    "instance_weight": (0.0, 0.0, "alpha of Eq. 6"),
+    "objective": ("pixpro", "pixpro", "pixpro (Eq. 5) or pixcontrast (Eq. 2)"),
+    "temperature": (0.3, 0.3, "tau of Eq. 2"),
+}
+DEMO = {name: demo for name, (demo, _, _) in VALUES.items()}
+PAPER = {name: paper for name, (_, paper, _) in VALUES.items()}
+MODEL = ("hidden_dim", "gamma", "num_layers", "threshold", "instance_weight", "objective", "temperature")
+FREE = ("recipe", "data", "out", "workers", "device", "compile", "epochs", "warmup_epochs")  # no part of the result
+CLASSES = ("sky", "cloud", "mountain", "meadow", "road", "water", "tree", "house")
+SCENES, PROBE_SCENES = 512, 256  # drawn for pre-training; for training the probe, and as many for its test
+RECORD_STEPS = 10  # steps from one record of metrics.jsonl to the next; checkpoints fall on them
+PRINT_SECONDS, SAVE_SECONDS = 5, 30
+LOW_SPREAD = 0.4  # healthy runs stay above, collapsed ones below
+
+
+# ------------------------------------ Optimizer and schedule ------------------------------------
+class LARS(torch.optim.SGD):
+    """SGD with momentum, on gradients first decayed and scaled parameter by parameter (arXiv 1708.03888):
+    g <- g + weight_decay p;  g <- g trust_coefficient |p| / (|g| + eps), by 1 where a norm is 0.
+    One-dimensional parameters are neither decayed nor scaled. step() changes the gradients in place.
+    """
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=1e-5, trust_coefficient=1e-3, eps=1e-8):
+        super().__init__(params, lr=lr, momentum=momentum)
+        self.decay, self.trust_coefficient, self.eps = weight_decay, trust_coefficient, eps
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = torch.enable_grad()(closure)() if closure else None
+        params = [p for group in self.param_groups for p in group["params"] if p.dim() > 1 and p.grad is not None]
+        if params:
+            grads = [p.grad for p in params]
+            torch._foreach_add_(grads, params, alpha=self.decay)
+            p_norm, g_norm = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(grads))
+            scale = self.trust_coefficient * p_norm / (g_norm + self.eps)  # [parameters]
+            scale = torch.where((p_norm > 0) & (g_norm > 0), scale, 1.0)
+            torch._foreach_mul_(grads, list(scale))
+        super().step()
+        return loss
+
+
+def lr_at(step, total_steps, warmup_steps, peak, floor=1e-6):
+    """Learning rate: linear from peak / 100 to the peak in warmup_steps, then half a cosine down to the floor."""
+    if step < warmup_steps:
+        return peak * (0.01 + 0.99 * step / warmup_steps)
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
+
+
+# ------------------------------------ Data ------------------------------------
+class Scenes:
+    """Drawn landscapes: images uint8 [count, 3, size, size], masks [count, size, size] with indices into CLASSES.
+
+    Scene n is a function of (seed, n) alone; n runs from `first` to first + count - 1.
+    """
+
+    def __init__(self, count, seed=0, first=0, size=144):
+        images, masks = zip(*(draw_scene(seed, number, size) for number in range(first, first + count)))
+        self.images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # [count, h, w, 3] -> [count, 3, h, w]
+        self.masks = torch.from_numpy(np.stack(masks))
+
+
+def draw_scene(seed, number, size):
+    """One landscape, painted from back to front: image uint8 [size, size, 3], mask [size, size]."""
+    rng = np.random.default_rng([seed, number])
+    y, x = np.mgrid[:size, :size].astype(np.float32) / size  # y runs downward
+    image, mask = np.zeros((size, size, 3), np.float32), np.zeros((size, size), np.int64)
+
+    def paint(name, where, colour, shade):  # the colour varies from scene to scene, the shade from pixel to pixel
+        colour = colour + rng.uniform(-0.12, 0.12, 3) + rng.uniform(-0.1, 0.1)
+        image[where] = (colour * (1 + shade[where])[:, None]).clip(0.02, 1.2)  # [pixels, 3]
+        mask[where] = CLASSES.index(name)
+
+    smooth, rough, grain, cloud = (noise(rng, size, slope) for slope in (1.6, 1.1, 0.3, 1.5))
+    sky, horizon = rng.uniform((0.25, 0.4, 0.55), (0.65, 0.6, 0.85)), rng.uniform(0.35, 0.55)
+    paint("sky", y < 2, sky, 0.9 * y / horizon)
+    paint("cloud", cloud > rng.uniform(0, 1.2) + 2 * y, (0.85, 0.85, 0.85), 0.3 * (np.roll(cloud, 5, 0) - cloud))
+    relief = np.roll(rough, rng.choice([-2, 2]), 1) + np.roll(rough, 1, 0) - 2 * rough  # light from one side
+    for air in (0.7, 0.2):  # two ranges, the farther one behind more air
+        ridge = horizon - rng.uniform(0.02, 0.1) - 0.1 * air + 0.05 * smooth[rng.integers(size)]
+        paint("mountain", y > ridge, 1.5 * air * sky + 0.4 * (1 - air), (0.2 - 0.1 * air) * relief)
+    ground, depth = y > horizon, ((y - horizon) / (1 - horizon)).clip(0.02, 1)  # 0 far away, 1 at our feet
+    paint("meadow", ground, (0.38, 0.48, 0.22), 0.1 * smooth + 0.25 * depth * noise(rng, size, 0.5, 2, 0.7))
+    if rng.random() < 0.7:
+        bank = depth + 0.06 * smooth + rng.uniform(-0.2, 0.2) * (x - 0.5) - rng.uniform(0.1, 0.6)
+        lake = ground & (np.abs(bank) < rng.uniform(0.05, 0.2))
+        paint("water", lake, 0.6 * sky + (0.1, 0.2, 0.25), 0.15 * noise(rng, size, 0.6, 0.25, 2.5))
+    if rng.random() < 0.75:
+        line = rng.uniform(0.2, 0.8) + rng.uniform(-0.6, 0.6) * depth + rng.uniform(-0.25, 0.25) * np.sin(4 * depth)
+        across = np.abs(x - line) / (0.02 + 0.2 * depth)
+        dashes = (across < 0.06) & (np.sin(12 / (depth + 0.12)) > 0)
+        paint("road", ground & (across < 1), (0.45, 0.43, 0.43), 0.06 * grain + 0.4 * dashes - 0.1 * (across > 0.85))
+    for near in np.sort(rng.uniform(0.02, 0.8, rng.integers(5, 14))):  # the farthest first
+        height, foot = 0.06 + 0.3 * near, horizon + near * (1 - horizon)
+        u, v = np.abs(x - rng.random()) * rng.uniform(0.8, 1.3) / height, (foot - y) / height
+        draw_thing(rng.choice(["house", "conifer", "leaf tree"], p=[0.4, 0.3, 0.3]), paint, u, v, grain)
+    return (255 * (image * rng.uniform(0.7, 1.1, 3)).clip(0, 1)).astype(np.uint8), mask
+
+
+def draw_thing(kind, paint, u, v, grain):
+    """A house or a tree; u: distance from its axis, v: height above its foot, in heights of the thing."""
+    if kind == "house":
+        panes = (np.abs(7 * u % 2 - 1) < 0.4) & (np.abs(v - 0.32) < 0.14)
+        paint("house", (u < 0.55) & (v > 0) & (v < 0.6), (0.72, 0.64, 0.55), 0.03 * grain - 0.5 * panes)
+        paint("house", (u < 1.43 - 1.3 * v) & (v >= 0.6), (0.5, 0.3, 0.25), 0.15 * np.sin(40 * v))
+    else:
+        crown = np.hypot(u / 0.42, (v - 0.85) / 0.5) + 0.1 * grain < 1
+        if kind == "conifer":
+            crown = (u + 0.05 * grain < 0.36 * (1.5 - v) * (0.6 + 0.2 * (4 * v % 1 < 0.5))) & (v > 0.2)
+        paint("tree", (u < 0.06) & (v > 0) & (v < 0.6), (0.3, 0.22, 0.16), 0.2 * grain)
+        paint("tree", crown, (0.25, 0.37, 0.18), 0.2 * grain + 0.4 * (v - 0.8))
+
+
+def noise(rng, size, slope, fx=1.0, fy=1.0):
+    """A random field of deviation 1: the smoother the larger slope is, stretched by 1 / fx and 1 / fy."""
+    frequency = size * np.hypot(np.fft.fftfreq(size)[:, None] / fy, np.fft.rfftfreq(size) / fx)
+    spectrum = np.fft.rfft2(rng.standard_normal((size, size))) / np.maximum(frequency, 1) ** slope
+    field = np.fft.irfft2(spectrum, (size, size)).astype(np.float32)
+    return field / field.std()
+
+
+class Samples:
+    """Sample n of a run: an image of epoch n // len(images) as two views and two boxes; a function of (seed, n)."""
+
+    def __init__(self, images, views, seed):
+        self.images, self.views, self.seed = images, views, seed  # images: paths or uint8 [count, 3, h, w]
+        self.epoch = None
+
+    def __getitem__(self, n):
+        epoch, place = divmod(n, len(self.images))
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.images))
+        image = self.images[self.order[place]]
+        torch.manual_seed(int(np.random.SeedSequence([self.seed, n]).generate_state(1)[0]))
+        return self.views(default_loader(image) if isinstance(image, Path) else image)
+
+
+# ------------------------------------ Training ------------------------------------
+class Run:
+    """A pre-training run: data, model and optimizer, and how far it is (`step`: steps that are done)."""
+
+    def __init__(self, args):
+        self.args, self.out = args, args.out
+        self.device = torch.device(args.device)
+        self.rank, self.ranks = 0, 1
+        if "LOCAL_RANK" in os.environ:  # under torchrun
+            if self.device.type == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group()  # NCCL for GPUs, gloo for CPUs
+            self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.images = find_images(args.data) if args.data else Scenes(SCENES, args.seed).images
+        if args.batch < 1 or args.batch % self.ranks:
+            raise ValueError(f"expected a batch that {self.ranks} ranks can share equally, found {args.batch}")
+        epoch = len(self.images) / args.batch  # in steps
+        args.images, args.warmup_steps = len(self.images), round(args.warmup_epochs * epoch)
+        args.steps = round(args.epochs * epoch) if args.steps is None else args.steps
+        if args.steps < 1:
+            raise ValueError(f"expected at least one step, found {args.steps}")
+        args.lr = args.batch / 256 if args.lr is None else args.lr
+        args.amp = auto_amp(self.device) if args.amp == "auto" else args.amp
+        self.settings = {name: value for name, value in vars(args).items() if name not in FREE}
+        torch.manual_seed(args.seed)
+        core = PixPro(Backbone(args.arch, args.layer), **{name: getattr(args, name) for name in MODEL})
+        if self.ranks > 1 and self.device.type == "cuda":
+            core = nn.SyncBatchNorm.convert_sync_batchnorm(core)
+        self.core = core.to(self.device, memory_format=torch.channels_last)
+        self.model = nn.parallel.DistributedDataParallel(core, broadcast_buffers=False) if self.ranks > 1 else core
+        self.model = torch.compile(self.model) if args.compile else self.model
+        self.optimizer = LARS([p for p in core.parameters() if p.requires_grad], args.lr)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
+        self.step = self.printed_step = self.resume()
+
+    def train(self):
+        args, outputs = self.args, []
+        share = args.batch // self.ranks  # step k has the samples k * batch to (k + 1) * batch - 1
+        firsts = (step * args.batch + self.rank * share for step in range(self.step, args.steps))
+        batches = [range(first, first + share) for first in firsts]
+        samples, pin = Samples(self.images, TwoViews(args.size), args.seed), self.device.type == "cuda"
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
+        self.printed = self.saved = time.monotonic()
+        for batch in DataLoader(samples, batch_sampler=batches, num_workers=args.workers, pin_memory=pin):
+            batch = [tensor.to(self.device, non_blocking=True) for tensor in batch]
+            torch.manual_seed(args.seed + self.step)  # for networks with dropout
+            self.optimizer.param_groups[0]["lr"] = lr_at(self.step, args.steps, args.warmup_steps, args.lr)
+            self.core.update_momentum(momentum_at(self.step, args.steps))
+            with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+                output = self.model(*batch)
+            self.scaler.scale(args.loss_scale * output.loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad()
+            outputs.append(torch.stack(output).detach())  # [4]
+            self.step += 1
+            if self.step % RECORD_STEPS == 0 or self.step == args.steps:
+                self.record(torch.stack(outputs))  # [steps since the last record, 4]
+                outputs = []
+
+    def record(self, outputs):
+        """Stops at a loss that is not finite; rank 0 writes metrics.jsonl, now and then the log and the checkpoint."""
+        args = self.args
+        if self.ranks > 1:
+            dist.all_reduce(outputs)
+        outputs = (outputs / self.ranks).cpu()  # the one place that waits for the GPU
+        for step, loss in enumerate(outputs[:, 0], self.step - len(outputs) + 1):
+            if not loss.isfinite():
+                sys.exit(f"train.py: error: the loss of step {step} is {loss}; {self.out} keeps the last checkpoint")
+        if self.rank > 0:
+            return
+        lr, m = self.optimizer.param_groups[0]["lr"], momentum_at(self.step - 1, args.steps)
+        values = dict(zip(Output._fields, outputs.mean(0).tolist()), lr=lr, m=m)
+        with open(self.out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": self.step} | values) + "\n")
+        now, finished, live = time.monotonic(), self.step == args.steps, sys.stdout.isatty()
+        if finished or now - self.printed > PRINT_SECONDS:
+            speed = (self.step - self.printed_step) / (now - self.printed)  # steps a second
+            line = f"step {self.step}/{args.steps}  " + "  ".join(f"{name} {x:.4g}" for name, x in values.items())
+            line += f"  {speed * args.batch:.0f} images/s  {(args.steps - self.step) / speed / 60:.1f} min left"
+            if values["spread"] < LOW_SPREAD and self.step > args.warmup_steps:
+                line += "  (low spread: the features may have collapsed)"
+            print(f"\r\033[K{line}" if live else line, end="" if live and not finished else "\n", flush=True)
+            self.printed, self.printed_step = now, self.step
+        if finished or now - self.saved > SAVE_SECONDS:
+            states = {name: getattr(self, name).state_dict() for name in ("core", "optimizer", "scaler")}
+            size = (self.out / "metrics.jsonl").stat().st_size
+            save(self.out / "last.pt", states | {"step": self.step, "metrics": size, "settings": self.settings})
+            self.saved = now
+
+    def resume(self):
+        """Loads last.pt, if there is one, and cuts metrics.jsonl back to it; returns the number of steps done."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        path, checkpoint = self.out / "last.pt", {"step": 0, "metrics": 0}
+        if path.exists():
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            pairs = {name: (checkpoint["settings"].get(name), value) for name, value in self.settings.items()}
+            changes = [f"{name} was {old}, is {new}" for name, (old, new) in pairs.items() if old != new]
+            if changes:
+                raise ValueError(f"{path} has other settings: {'; '.join(changes)}; keep them, or give another --out")
+            for name in ("core", "optimizer", "scaler"):
+                getattr(self, name).load_state_dict(checkpoint[name])
+        if self.rank == 0:
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.truncate(checkpoint["metrics"])
+        return checkpoint["step"]
+
+    def finish(self):
+        """Probe and picture, before and after training; backbone.pt comes last and marks the run as complete."""
+        args, trained = self.args, self.core.backbone
+        torch.manual_seed(args.seed)
+        initial = Backbone(args.arch, args.layer).to(self.device)  # the weights that the run began with
+        if args.data:
+            square = v2.Compose([v2.PILToTensor(), v2.Resize(2 * args.size), v2.CenterCrop(2 * args.size)])
+            images = torch.stack([square(default_loader(path)) for path in self.images[:8]])
+        else:
+            scenes = Scenes(PROBE_SCENES, args.seed, first=SCENES)
+            held_out = Scenes(PROBE_SCENES, args.seed, first=SCENES + PROBE_SCENES)
+            before, after = (linear_probe(backbone, scenes, held_out) for backbone in (initial, trained))
+            print(f"linear probe, mIoU: random initialisation {before:.1f}, pre-trained {after:.1f}")
+            images = v2.functional.resize(held_out.images[:8], [2 * args.size])
+        save_picture(self.out / "features.png", images, initial, trained)
+        save(self.out / "backbone.pt", trained.body.state_dict())
+
+
+def find_images(folder):
+    """Paths of all images below a folder, in order."""
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+    if not paths:
+        raise ValueError(f"expected images below {folder}, found none")
+    return paths
+
+
+def auto_amp(device):
+    """bf16 where the hardware computes in it, else fp16 on GPUs, else off."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    flags = Path("/proc/cpuinfo").read_text() if device.type == "cpu" and sys.platform == "linux" else ""
+    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "off"
+
+
+def save(path, state):
+    """torch.save, whole or not at all: written beside and renamed."""
+    torch.save(state, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+# ------------------------------------ Probe and picture ------------------------------------
+@torch.no_grad()
+def frozen_features(backbone, images):
+    """Maps [N, C, H, W] of images uint8 [N, 3, h, w], in eval mode."""
+    device = next(backbone.parameters()).device
+    normalise = v2.Normalize(MEAN, STD)
+    backbone.eval()
+    return torch.cat([backbone(normalise(batch.to(device) / 255)) for batch in images.split(32)])
+
+
+def linear_probe(backbone, scenes, held_out):
+    """Mean IoU in percent, on held_out, of a 1x1 convolution on the frozen map that was trained on scenes.
+
+    Trained on the shares of the classes in each cell of the map (convex, by L-BFGS); tested at full resolution.
+    """
+    features, test = frozen_features(backbone, scenes.images), frozen_features(backbone, held_out.images)
+    std, mean = torch.std_mean(features, (0, 2, 3), keepdim=True)  # [1, C, 1, 1]
+    features, test = (features - mean) / (std + 1e-6), (test - mean) / (std + 1e-6)  # [N, C, H, W]
+    masks = F.one_hot(scenes.masks, len(CLASSES)).permute(0, 3, 1, 2).float()  # [N, h, w] -> [N, 8, h, w]
+    shares = F.adaptive_avg_pool2d(masks, features.shape[2:]).to(features.device)  # [N, 8, h, w] -> [N, 8, H, W]
+    probe = nn.Conv2d(features.shape[1], len(CLASSES), 1).to(features.device)
+    nn.init.zeros_(probe.weight)
+    optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(probe(features), shares) + 1e-4 * probe.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    logits = F.interpolate(probe(test), held_out.masks.shape[1:], mode="bilinear")  # [N, 8, H, W] -> [N, 8, h, w]
+    pairs = len(CLASSES) * held_out.masks + logits.argmax(1).cpu()  # [N, h, w]: true class, predicted class
+    confusion = pairs.flatten().bincount(minlength=len(CLASSES) ** 2).view(len(CLASSES), -1)  # [64] -> [8, 8]
+    hits, union = confusion.diag(), confusion.sum(0) + confusion.sum(1) - confusion.diag()  # [8]
+    return 100 * (hits / union).mean().item()
+
+
+def save_picture(path, images, *backbones):
+    """Images uint8 [N, 3, h, w], and below them each backbone's maps, coloured by three principal components."""
+    rows = [images / 255]
+    for backbone in backbones:
+        maps = frozen_features(backbone, images).cpu().permute(0, 2, 3, 1)  # [N, C, H, W] -> [N, H, W, C]
+        centred = maps - maps.mean((0, 1, 2))
+        components = torch.linalg.svd(centred.flatten(0, 2), full_matrices=False)[2]  # [NHW, C] -> [C, C]
+        scores = (centred @ components[:3].T).permute(0, 3, 1, 2)  # [N, H, W, C] @ [C, 3] -> [N, 3, H, W]
+        colours = torch.sigmoid(2 * scores / scores.std((0, 2, 3), keepdim=True))
+        rows.append(F.interpolate(colours, images.shape[2:]))  # [N, 3, H, W] -> [N, 3, h, w]
+    save_image(torch.cat(rows), path, nrow=len(images), padding=4, pad_value=1.0)
+
+
+# ------------------------------------ Command line ------------------------------------
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        usage="train.py [--data DIR] [flags]",
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=29, width=119),
+    )
+    add = parser.add_argument
+    add("--data", metavar="DIR", help="train on every image below this folder (else on drawn scenes)")
+    add("--recipe", choices=["demo", "paper"], help="values of the flags that name both (paper with --data, else demo)")
+    add("--out", metavar="DIR", type=Path, help="folder for everything that is written (runs/RECIPE)")
+    add("--steps", type=int, metavar="X", help="length of the run, instead of --epochs")
+    add("--seed", type=int, metavar="X", default=0, help="of everything random (0)")
+    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision (auto)")
+    workers = max(1, min(8, os.cpu_count() - 1))
+    add("--workers", type=int, default=workers, help=f"processes of each rank that load data ({workers})")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (cuda if there is one)")
+    add("--compile", action="store_true", help="run the model through torch.compile")
+    for name, (demo, paper, text) in VALUES.items():
+        kind = float if paper is None else type(paper)
+        add(f"--{name.replace('_', '-')}", type=kind, metavar="X", help=f"{text} (demo {demo}, paper {paper})")
+    args = parser.parse_args(argv)
+    args.recipe = args.recipe or ("paper" if args.data else "demo")
+    args.out = args.out or Path("runs", args.recipe)
+    for name, value in (DEMO if args.recipe == "demo" else PAPER).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return parser, args
+
+
+def main(argv=None):
+    parser, args = parse(argv)
+    try:
+        run = Run(args)
+    except ValueError as error:
+        parser.error(str(error))
+    if run.step < args.steps or not (args.out / "backbone.pt").exists():
+        run.train()
+        if run.rank == 0:
+            run.finish()
+    if run.rank == 0:
+        print(f"complete: {args.steps} steps; {args.out} has last.pt, backbone.pt, metrics.jsonl and features.png")
+    if run.ranks > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
