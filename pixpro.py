@@ -43,7 +43,6 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms import v2
 
 # ------------------------------------ Views (Sec. 3.1) ------------------------------------
-
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's RGB values in [0, 1]
 STD = (0.229, 0.224, 0.225)
 
@@ -104,8 +103,6 @@ def random_blur(view):
 
 
 # ------------------------------------ Eq. 1: positive pairs ------------------------------------
-
-
 def positive_pairs(box_1, box_2, size, threshold=0.7):
     """Eq. 1: A(i, j) = 1 if dist(i, j) <= T, else 0.
 
@@ -140,12 +137,10 @@ def bin_centres(box, size):
 
 
 # ------------------------------------ Eq. 2: PixContrast ------------------------------------
-
-
 def pixcontrast_loss(x, x_prime, positives, temperature=0.3):
     """Eq. 2, from one view to the other; P, N: the other view's pixels that are positive, negative for i.
 
-    L_Pix(i) = -log [ sum_{j in P} e^(cos(x_i, x'_j) / tau) / sum_{j in P and N} e^(cos(x_i, x'_j) / tau) ]
+    L_Pix(i) = -log [ sum_{j in P} e^(cos(x_i, x'_j) / tau) / sum_{j in P or N} e^(cos(x_i, x'_j) / tau) ]
 
     Mean over the pixels i that have a positive, then over the images that have such pixels; 0 if none has.
     x, x_prime: [N, C, H, W], no gradient into x_prime; positives: bool [N, HW, HW]. Returns a scalar >= 0.
@@ -193,8 +188,6 @@ def check_maps(x, x_prime, positives):
 
 
 # ------------------------------------ Eq. 3 and 4: propagation ------------------------------------
-
-
 class PixelPropagation(nn.Module):
     """The pixel propagation module (PPM): x [N, dim, H, W] -> y [N, dim, H, W].
 
@@ -229,8 +222,6 @@ class PixelPropagation(nn.Module):
 
 
 # ------------------------------------ Eq. 5 and 6: consistency ------------------------------------
-
-
 def consistency_loss(y, x_prime, positives):
     """Eq. 5, from one view to the other: -cos(y_i, x'_j); Eq. 5 itself is the sum of both directions.
 
@@ -255,8 +246,6 @@ def instance_loss(p, z_prime):
 
 
 # ------------------------------------ Networks ------------------------------------
-
-
 class Backbone(nn.Module):
     """A torchvision classification network cut behind one layer: image [N, 3, h, w] -> map [N, out_channels, H, W].
 
@@ -301,8 +290,6 @@ def projection_head(in_channels, hidden, out):
 
 
 # ------------------------------------ Momentum encoder, PixPro ------------------------------------
-
-
 def momentum_at(step, total_steps, base=0.99):
     """m at step k of K: 1 - (1 - base) (cos(pi k / K) + 1) / 2, which rises from base to 1 (the authors' code)."""
     if not 0 <= step <= total_steps or total_steps < 1:
@@ -387,10 +374,10 @@ class PixPro(nn.Module):
         with torch.no_grad():
             x_prime_1, x_prime_2 = (self.momentum_projector(map) for map in targets)  # [N, dim, H, W]
         positives = positive_pairs(box_1, box_2, x_1.shape[2:], self.threshold)  # [N, HW, HW]
-        mirrored = positives.transpose(1, 2)  # from view 2 to view 1
-        loss = self.pixel_loss(x_1, x_prime_2, positives) + self.pixel_loss(x_2, x_prime_1, mirrored)
-        with torch.no_grad():
-            cosines = consistency_loss(x_1, x_prime_2, positives) + consistency_loss(x_2, x_prime_1, mirrored)
+        swapped = positives.transpose(1, 2)  # from view 2 to view 1
+        loss = self.pixel_loss(x_1, x_prime_2, positives) + self.pixel_loss(x_2, x_prime_1, swapped)
+        with torch.no_grad():  # the figures beside the loss
+            cosines = consistency_loss(x_1, x_prime_2, positives) + consistency_loss(x_2, x_prime_1, swapped)
             unit = F.normalize(torch.cat([x_1, x_2]).float(), dim=1)  # [2N, dim, H, W]
             spread = unit.std((0, 2, 3), correction=0).mean() * math.sqrt(unit.shape[1])
         return loss, -cosines / 2, positives.sum() / len(positives), spread

@@ -143,7 +143,13 @@ def test_eq1_by_hand():
     box = tensor([0, 0, 6, 8])
     near = [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
     not_across = [[1, 1, 1, 0], [1, 1, 0, 1], [1, 0, 1, 1], [0, 1, 1, 1]]
-    for threshold, expected in ((0.599, torch.eye(4)), (0.6, near), (0.799, near), (0.8, not_across), (1, torch.ones(4, 4))):
+    for threshold, expected in (
+        (0.599, torch.eye(4)),
+        (0.6, near),
+        (0.799, near),
+        (0.8, not_across),
+        (1, torch.ones(4, 4)),
+    ):
         A = positive_pairs(box, box, (2, 2), threshold)
         assert A.dtype == torch.bool and A.shape == (1, 4, 4)
         assert A[0].tolist() == torch.as_tensor(expected).bool().tolist(), f"T = {threshold}"
@@ -491,7 +497,9 @@ def test_eq5_by_hand():
 def test_eq5_equals_loops():
     y, x_prime = random_maps()
     positives = random_positives()
-    assert consistency_loss(y, x_prime, positives).item() == pytest.approx(slow_consistency(y, x_prime, positives), rel=1e-5)
+    assert consistency_loss(y, x_prime, positives).item() == pytest.approx(
+        slow_consistency(y, x_prime, positives), rel=1e-5
+    )
 
 
 AUTHORS_BOX_1 = tensor([0.1, 0.2, 0.7, 0.9], [0, 0, 1, 1], [0.8, 0.1, 0.3, 0.6], [0.05, 0.05, 0.2, 0.2])
@@ -671,7 +679,9 @@ def test_eq6_branch_in_the_authors_order(plain_equations, monkeypatch):
         difference = model(view_1, view_2, *boxes).loss
         model.instance_weight = 0.0
         difference = difference - model(view_1, view_2, *boxes).loss
-        p = [model.instance_predictor(model.instance_projector(model.backbone(v))).mean((2, 3)) for v in (view_1, view_2)]
+        p = [
+            model.instance_predictor(model.instance_projector(model.backbone(v))).mean((2, 3)) for v in (view_1, view_2)
+        ]
         z = [model.momentum_instance_projector(model.momentum_backbone(v)).mean((2, 3)) for v in (view_1, view_2)]
     expected = instance_loss(p[0], z[1]) + instance_loss(p[1], z[0])
     assert difference.item() == pytest.approx(expected.item(), abs=1e-5)
@@ -844,7 +854,9 @@ def test_views_of_which_the_first_is_always_blurred():
     noise = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     views = TwoViews(size=64, scale=(1.0, 1.0))
     torch.manual_seed(0)
-    rough = torch.tensor([[view.diff(dim=2).std() / view.std() for view, _ in pairs_of(views(noise))] for _ in range(100)])
+    rough = torch.tensor(
+        [[view.diff(dim=2).std() / view.std() for view, _ in pairs_of(views(noise))] for _ in range(100)]
+    )
     # White noise has 1.41; with sigma > 0.35 half of the time, that falls below 1. The second view is blurred in 1 of 10.
     assert (rough[:, 0] < 1).float().mean() > 0.5 and (rough[:, 1] < 1).float().mean() < 0.5
 
@@ -1038,7 +1050,12 @@ def test_train_on_scenes_writes_everything(few_scenes, tmp_path, capsys):
     assert [record["step"] for record in records] == [10, 12]
     assert set(records[0]) == {"step", "loss", "similarity", "positives", "spread", "lr", "m"}  # no wall-clock figures
     assert records[-1]["m"] == momentum_at(11, 12)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["backbone.pt", "features.png", "last.pt", "metrics.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "backbone.pt",
+        "features.png",
+        "last.pt",
+        "metrics.jsonl",
+    ]
     network = torchvision.models.resnet18(weights=None)
     missing, unexpected = network.load_state_dict(torch.load(tmp_path / "backbone.pt", weights_only=True), strict=False)
     assert not unexpected and {name.split(".")[0] for name in missing} == {"layer3", "layer4", "fc"}
@@ -1227,7 +1244,9 @@ def test_train_probe_finds_classes_that_are_linear_in_the_features():
 
     def scenes(first):
         drawn = train.Scenes(6, first=first, size=48)
-        return types.SimpleNamespace(images=drawn.masks[:, None].expand(-1, 3, -1, -1).to(torch.uint8), masks=drawn.masks)
+        return types.SimpleNamespace(
+            images=drawn.masks[:, None].expand(-1, 3, -1, -1).to(torch.uint8), masks=drawn.masks
+        )
 
     assert train.linear_probe(Revealed(), scenes(0), scenes(6)) > 99
 

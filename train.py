@@ -37,7 +37,7 @@ VALUES = {  # flag: (value in recipe demo, in recipe paper, meaning)
     "epochs": (20.0, 100.0, "length of the run in passes over the images"),
     "warmup_epochs": (5.0, 5.0, "length of the linear warm-up"),
     "lr": (4.0, None, "peak learning rate; None: batch / 256"),
-    "loss_scale": (2.0, 2.0, "minimise so many times the loss; the authors' rates belong to twice Eq. 5"),
+    "loss_scale": (2.0, 2.0, "the loss is minimised times this: the authors' rates fit 2 x Eq. 5"),
     "hidden_dim": (2048, 2048, "width of the heads"),
     "gamma": (2.0, 2.0, "exponent of Eq. 4"),
     "num_layers": (1, 1, "layers of g in Eq. 3"),
@@ -192,7 +192,12 @@ class Run:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group()  # NCCL for GPUs, gloo for CPUs
             self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-        self.images = find_images(args.data) if args.data else Scenes(SCENES, args.seed).images
+        if args.data:
+            self.images = sorted(p for p in Path(args.data).rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+        else:
+            self.images = Scenes(SCENES, args.seed).images
+        if len(self.images) == 0:
+            raise ValueError(f"expected images below {args.data}, found none")
         if args.batch < 1 or args.batch % self.ranks:
             raise ValueError(f"expected a batch that {self.ranks} ranks can share equally, found {args.batch}")
         epoch = len(self.images) / args.batch  # in steps
@@ -289,8 +294,8 @@ class Run:
     def finish(self):
         """Probe and picture, before and after training; backbone.pt comes last and marks the run as complete."""
         args, trained = self.args, self.core.backbone
-        torch.manual_seed(args.seed)
-        initial = Backbone(args.arch, args.layer).to(self.device)  # the weights that the run began with
+        torch.manual_seed(args.seed)  # as in the beginning: the same initial weights
+        initial = Backbone(args.arch, args.layer).to(self.device)
         if args.data:
             square = v2.Compose([v2.PILToTensor(), v2.Resize(2 * args.size), v2.CenterCrop(2 * args.size)])
             images = torch.stack([square(default_loader(path)) for path in self.images[:8]])
@@ -302,14 +307,6 @@ class Run:
             images = v2.functional.resize(held_out.images[:8], [2 * args.size])
         save_picture(self.out / "features.png", images, initial, trained)
         save(self.out / "backbone.pt", trained.body.state_dict())
-
-
-def find_images(folder):
-    """Paths of all images below a folder, in order."""
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
-    if not paths:
-        raise ValueError(f"expected images below {folder}, found none")
-    return paths
 
 
 def auto_amp(device):
@@ -379,11 +376,8 @@ def save_picture(path, images, *backbones):
 
 # ------------------------------------ Command line ------------------------------------
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        usage="train.py [--data DIR] [flags]",
-        allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=29, width=119),
-    )
+    parser = argparse.ArgumentParser(usage="train.py [--data DIR] [flags]", allow_abbrev=False)
+    parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=29, width=120)
     add = parser.add_argument
     add("--data", metavar="DIR", help="train on every image below this folder (else on drawn scenes)")
     add("--recipe", choices=["demo", "paper"], help="values of the flags that name both (paper with --data, else demo)")
@@ -391,13 +385,12 @@ def parse(argv):
     add("--steps", type=int, metavar="X", help="length of the run, instead of --epochs")
     add("--seed", type=int, metavar="X", default=0, help="of everything random (0)")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision (auto)")
-    workers = max(1, min(8, os.cpu_count() - 1))
-    add("--workers", type=int, default=workers, help=f"processes of each rank that load data ({workers})")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (cuda if there is one)")
+    add("--workers", type=int, metavar="X", default=max(1, min(8, os.cpu_count() - 1)),
+        help="processes of each rank that load data (cores less one, 1 to 8)")  # fmt: skip
+    add("--device", metavar="X", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     add("--compile", action="store_true", help="run the model through torch.compile")
     for name, (demo, paper, text) in VALUES.items():
-        kind = float if paper is None else type(paper)
-        add(f"--{name.replace('_', '-')}", type=kind, metavar="X", help=f"{text} (demo {demo}, paper {paper})")
+        add(f"--{name.replace('_', '-')}", type=type(demo), metavar="X", help=f"{text} (demo {demo}, paper {paper})")
     args = parser.parse_args(argv)
     args.recipe = args.recipe or ("paper" if args.data else "demo")
     args.out = args.out or Path("runs", args.recipe)
