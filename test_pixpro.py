@@ -8,10 +8,10 @@ the authors' numbers: what github.com/zdaxie/PixPro, commit e390d6b, computes in
 import ast
 import copy
 import inspect
-import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import types
@@ -23,12 +23,23 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
 import pixpro
 import train
-from pixpro import Backbone, PixelPropagation, PixPro, TwoViews, consistency_loss, instance_loss, momentum_at
-from pixpro import pixcontrast_loss, positive_pairs, projection_head
+from pixpro import (
+    Backbone,
+    PixelPropagation,
+    PixPro,
+    TwoViews,
+    consistency_loss,
+    instance_loss,
+    momentum_at,
+    pixcontrast_loss,
+    positive_pairs,
+    projection_head,
+)
 
 GROUPS = ("eq1", "eq2", "eq3", "eq4", "eq5", "eq6", "momentum", "views", "lars", "schedule", "train")
 HERE = Path(__file__).parent
@@ -138,8 +149,9 @@ def slow_consistency(y, x_prime, positives):
 
 # ------------------------------------ Eq. 1 ------------------------------------
 def test_eq1_by_hand():
-    # A box of 6 x 8 with 2 x 2 bins: bins of 3 x 4, diagonal 5. Distance to the right 3 / 5 = 0.6, downward 4 / 5 = 0.8,
-    # across 5 / 5 = 1. Exactly T is positive. With axes normalised one by one both were 0.5 / 0.707 = 0.707.
+    # A box of 6 x 8 with 2 x 2 bins: bins of 3 x 4, diagonal 5. Distance to the right 3 / 5 = 0.6, downward
+    # 4 / 5 = 0.8, across 5 / 5 = 1. Exactly T is positive.
+    # With axes normalised one by one both were 0.5 / 0.707 = 0.707.
     box = tensor([0, 0, 6, 8])
     near = [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
     not_across = [[1, 1, 1, 0], [1, 1, 0, 1], [1, 0, 1, 1], [0, 1, 1, 1]]
@@ -206,8 +218,9 @@ def test_eq1_unit_and_origin_do_not_matter():
 
 
 def test_eq1_larger_diagonal_counts():
-    # Bins of 4 x 4 (diagonal 5.657) against bins of 1 x 1 (1.414). The first centre (2, 2) is 2.121, 1.581, 1.581, 0.707
-    # from the small ones: at most 0.375 of the larger diagonal, but up to 0.6 of their mean and 1.5 of the smaller one.
+    # Bins of 4 x 4 (diagonal 5.657) against bins of 1 x 1 (1.414). The first centre (2, 2) is 2.121, 1.581, 1.581,
+    # 0.707 from the small ones: at most 0.375 of the larger diagonal, but up to 0.6 of their mean and
+    # 1.5 of the smaller one.
     # The other large centres are at least hypot(4.5, 0.5) / 5.657 = 0.8 away.
     A = positive_pairs(tensor([0, 0, 8, 8]), tensor([0, 0, 2, 2]), (2, 2), threshold=0.5)
     assert A[0].tolist() == [[True] * 4, [False] * 4, [False] * 4, [False] * 4]
@@ -225,8 +238,8 @@ def test_eq1_every_image_has_its_own_boxes():
 
 
 def test_eq1_counts_of_random_crops():
-    # 20,000 simulated pairs of crops of a 500 x 375 image gave 113.9 +- 0.3 positive pairs of 2401, and 2.6% without any;
-    # one pair's standard deviation is about 42, so 1,000 pairs lie within 4.
+    # 20,000 simulated pairs of crops of a 500 x 375 image gave 113.9 +- 0.3 positive pairs of 2401, and 2.6% without
+    # any; one pair's standard deviation is about 42, so 1,000 pairs lie within 4.
     views = TwoViews(size=8)
     torch.manual_seed(0)
     image = torch.zeros(3, 375, 500, dtype=torch.uint8)
@@ -341,9 +354,10 @@ def test_eq2_refuses_what_does_not_fit():
 
 # ------------------------------------ Eq. 3 and 4 ------------------------------------
 def test_eq3_by_hand():
-    # Pixels (1,0), (0,1), (1,1); g the identity, so g(x_j) / |g(x_j)| = (1,0), (0,1), (r,r) with r = 0.707107. gamma = 2:
+    # Pixels (1,0), (0,1), (1,1); g the identity: g(x_j) / |g(x_j)| = (1,0), (0,1), (r,r) with r = 0.707107. gamma = 2:
     # s = r^2 = 0.5 between the third and the others, 0 between the first two. No denominator:
-    # y_0 = (1,0) + 0.5 (r,r) = (1.353553, 0.353553), y_1 likewise, y_2 = 0.5 (1,0) + 0.5 (0,1) + (r,r) = (1.207107, 1.207107).
+    # y_0 = (1,0) + 0.5 (r,r) = (1.353553, 0.353553), y_1 likewise,
+    # y_2 = 0.5 (1,0) + 0.5 (0,1) + (r,r) = (1.207107, 1.207107).
     y = PixelPropagation(dim=2, gamma=2, num_layers=0)(pixels([1, 0], [0, 1], [1, 1]))
     expected = pixels([1.353553, 0.353553], [0.353553, 1.353553], [1.207107, 1.207107])
     assert torch.allclose(y, expected, atol=1e-6)
@@ -602,8 +616,8 @@ def small_batch(n=4, seed=0, height=12, width=16):
 
 
 @pytest.fixture
-def plain_equations(monkeypatch):
-    """Trivial stand-ins for the equations, to test how PixPro connects them, whatever state they are in."""
+def plain_pixel_equations(monkeypatch):
+    """Trivial stand-ins for Eq. 1 to 5, to test how PixPro connects its parts, whatever state the equations are in."""
 
     def everything(box_1, box_2, size, threshold):
         return torch.ones(len(box_1), size.numel(), size.numel(), dtype=torch.bool)
@@ -613,8 +627,13 @@ def plain_equations(monkeypatch):
 
     monkeypatch.setattr(pixpro, "positive_pairs", everything)
     monkeypatch.setattr(pixpro, "PixelPropagation", lambda dim, *rest: nn.Conv2d(dim, dim, 1))
-    for name in ("consistency_loss", "pixcontrast_loss"):
-        monkeypatch.setattr(pixpro, name, product)
+    monkeypatch.setattr(pixpro, "consistency_loss", product)
+    monkeypatch.setattr(pixpro, "pixcontrast_loss", product)
+
+
+@pytest.fixture
+def plain_equations(plain_pixel_equations, monkeypatch):
+    monkeypatch.setattr(pixpro, "instance_loss", lambda p, z_prime: -(p * z_prime.detach()).mean())
 
 
 # ------------------------------------ Eq. 6 ------------------------------------
@@ -644,7 +663,7 @@ def test_eq6_target_receives_no_gradient():
     assert p.grad is not None and z_prime.grad is None
 
 
-def test_eq6_without_weight_is_exactly_pixpro(plain_equations):
+def test_eq6_without_weight_is_exactly_pixpro(plain_pixel_equations):
     model = small_pixpro(instance_weight=0.0)
     assert not any("instance" in name for name, _ in model.named_parameters())
     loss = model(*small_batch()).loss
@@ -653,7 +672,7 @@ def test_eq6_without_weight_is_exactly_pixpro(plain_equations):
     assert torch.equal(model(*small_batch()).loss, loss)
 
 
-def test_eq6_adds_alpha_times_the_instance_loss(plain_equations, monkeypatch):
+def test_eq6_adds_alpha_times_the_instance_loss(plain_pixel_equations):
     # One-hot pooled vectors, equal in both views: each direction gives -1, so Eq. 6 is the pixel loss - 2 alpha.
     for alpha in (0.5, 1.0):
         model = small_pixpro(instance_weight=alpha)
@@ -669,7 +688,7 @@ def test_eq6_adds_alpha_times_the_instance_loss(plain_equations, monkeypatch):
         assert (total - model(*small_batch()).loss).item() == pytest.approx(-2 * alpha, abs=1e-6)
 
 
-def test_eq6_branch_in_the_authors_order(plain_equations, monkeypatch):
+def test_eq6_branch_in_the_authors_order(plain_pixel_equations):
     # projector, predictor, pooling, cosine; targets from the momentum branch of the other view
     model = small_pixpro(instance_weight=1.0)
     for p in model.momentum_instance_projector.parameters():
@@ -857,7 +876,8 @@ def test_views_of_which_the_first_is_always_blurred():
     rough = torch.tensor(
         [[view.diff(dim=2).std() / view.std() for view, _ in pairs_of(views(noise))] for _ in range(100)]
     )
-    # White noise has 1.41; with sigma > 0.35 half of the time, that falls below 1. The second view is blurred in 1 of 10.
+    # Neighbours in white noise differ by 1.41 standard deviations. Blurred by most sigma in (0.1, 2), by less than 1;
+    # the second view is blurred in 1 of 10.
     assert (rough[:, 0] < 1).float().mean() > 0.5 and (rough[:, 1] < 1).float().mean() < 0.5
 
 
@@ -1306,7 +1326,7 @@ def test_train_gradient_of_two_ranks_is_the_mean(tmp_path):
 def test_train_amp_auto(monkeypatch):
     monkeypatch.setattr(train.sys, "platform", "linux")
     for flags, amp in (("fma avx512_bf16", "bf16"), ("amx_bf16 sse2", "bf16"), ("avx2 avx512f", "off")):
-        monkeypatch.setattr(Path, "read_text", lambda path: flags)
+        monkeypatch.setattr(Path, "read_text", lambda path, flags=flags: flags)
         assert train.auto_amp(torch.device("cpu")) == amp
 
 
@@ -1529,6 +1549,28 @@ def test_whole_compiles_in_one_graph():
     output.backward()
 
 
+class NoWaiting(TorchDispatchMode):
+    """Fails at operations for which a GPU's results must reach the host: item(), bool(), tolist(), nonzero(), ..."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        assert not name.startswith(("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero")), name
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{"instance_weight": 1.0}, {"objective": "pixcontrast"}])
+def test_whole_step_never_waits_for_the_device(options):
+    model, batch = small_pixpro(**options), small_batch()
+    optimizer = train.LARS([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    with NoWaiting():
+        model.update_momentum(0.99)
+        loss = model(*batch).loss
+        loss.backward()
+        optimizer.step()
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            loss.item()
+
+
 # Each equation's function and the arguments of one call.
 EQUATIONS = {
     "eq1": ("positive_pairs", lambda: (random_boxes(3, seed=1), random_boxes(3, seed=2), (2, 3))),
@@ -1607,3 +1649,37 @@ def test_files_stay_small_and_import_little():
         modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
         assert {module.split(".")[0] for module in modules} <= allowed | extra
         assert len(source.splitlines()) <= 420
+
+
+# ------------------------------------ The README ------------------------------------
+README = (HERE / "README.md").read_text()
+
+
+def test_readme_snippets_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(snippets) == 2
+    for snippet in snippets:
+        names = {}
+        exec(snippet, names)
+        assert names["loss"].isfinite() and names["loss"].requires_grad == ("model" in names)
+
+
+def test_readme_names_what_exists():
+    tests = set(re.findall(r"`(test_\w+)`", README))
+    assert len(tests) >= 10 and tests <= globals().keys()
+    links = re.findall(r"\]\(((?!http)[^)]+)\)", README)
+    assert links and all((HERE / link).exists() for link in links)
+
+
+def test_readme_counts_lines():
+    counts = re.findall(r"\[(\w+\.py)\]\(\1\) \((\d+)\s+lines", README)
+    assert len(counts) == 2
+    for name, count in counts:
+        assert int(count) == len((HERE / name).read_text().splitlines()), name
+
+
+def test_readme_flags_exist():
+    parser = train.parse([])[0]
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    assert set(re.findall(r"(?<!-)(--[a-z-]+)", README)) - {"--nproc_per_node", "--nproc"} <= flags
