@@ -4,10 +4,9 @@
 
 1. Two random crops of an image become two views; each remembers its box in the image (Sec. 3.1).
 2. A "pixel" is a cell of the encoder's map. Pixels of both views that lie close in the image are positives (Eq. 1).
-3. PixContrast is InfoNCE over the pixels of one image (Eq. 2).
-4. PixPro has no negatives: the online map, smoothed by the pixel propagation module (Eq. 3, 4),
-   shall agree with the other view's plain map from the momentum encoder (Eq. 5).
-5. An instance-level loss may share the backbone (Eq. 6).
+3. PixContrast is InfoNCE over the pixels of one image (Eq. 2). PixPro has no negatives: the online map, smoothed by
+   the pixel propagation module (Eq. 3, 4), is pulled towards the other view's map from a momentum encoder (Eq. 5).
+4. An instance-level loss may share the backbone (Eq. 6); a head network's levels may share the loss (Sec. 3.3).
 
 symbol      name                         shape          what it is
 x           x                            [N, C, H, W]   map of the online encoder (backbone and projector)
@@ -23,11 +22,11 @@ m           m, momentum_at               number         share of itself that the
 
 N is the batch; pixels are counted row by row, i = row * W + column.
 
-Differences to the authors' code, each for the paper's sake: Eq. 1 has <=, not <, and measures in the image, not on
-axes normalised one by one; the loss is Eq. 5, not twice Eq. 5; images without positives are left out of the mean
-and do not count as 0; s is exactly 0 for cosines <= 0, at gamma < 1 too; heads are 2048 wide, not 4096; PixContrast
-exists. Where the paper is silent the code decides: g(x_j) is L2-normalised in Eq. 3, the larger of two bin diagonals
-counts in Eq. 1, the instance-level loss has no negatives.
+Differences to the authors' code, where the paper decides: Eq. 1 has <=, not <, and measures in the image, not on axes
+normalised one by one; the loss is Eq. 5, not twice Eq. 5; images without positives are left out of the mean and do not
+count as 0; s is exactly 0 for cosines <= 0, at gamma < 1 too; heads are 2048 wide, not 4096; PixContrast exists. Where
+the paper is silent the code decides: g(x_j) is L2-normalised in Eq. 3, the larger of two bin diagonals counts in Eq. 1.
+One exception: the instance-level loss has no negatives, as in the code; the paper writes SimCLR.
 """
 
 import copy
@@ -39,6 +38,7 @@ import torch
 import torch.nn.functional as F
 import torchvision.models
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms import v2
 
@@ -56,16 +56,15 @@ class TwoViews:
     """
 
     def __init__(self, size=224, scale=(0.08, 1.0)):
-        self.size = size
-        self.scale = scale
+        self.size, self.scale = size, scale
         self.colour_1 = random_colour(blur=1.0, solarize=0.0)
         self.colour_2 = random_colour(blur=0.1, solarize=0.2)
 
     def __call__(self, image):
         if hasattr(image, "convert"):  # PIL, any mode
             image = v2.functional.pil_to_tensor(image.convert("RGB"))  # [3, H, W]
-        if getattr(image, "dtype", None) != torch.uint8:
-            raise TypeError(f"expected a uint8 tensor or a PIL image, found {getattr(image, 'dtype', type(image))}")
+        if not torch.is_tensor(image) or image.dtype != torch.uint8:
+            raise TypeError(f"expected a uint8 tensor or PIL image, found {type(image)} {getattr(image, 'dtype', '')}")
         if image.dim() != 3 or image.shape[0] != 3:
             raise ValueError(f"expected an RGB image [3, H, W], found {list(image.shape)}")
         view_1, box_1 = self.crop(image)
@@ -138,11 +137,11 @@ def bin_centres(box, size):
 
 # ------------------------------------ Eq. 2: PixContrast ------------------------------------
 def pixcontrast_loss(x, x_prime, positives, temperature=0.3):
-    """Eq. 2, from one view to the other; P, N: the other view's pixels that are positive, negative for i.
+    """Eq. 2, from one view to the other:
 
-    L_Pix(i) = -log [ sum_{j in P} e^(cos(x_i, x'_j) / tau) / sum_{j in P or N} e^(cos(x_i, x'_j) / tau) ]
-
-    Mean over the pixels i that have a positive, then over the images that have such pixels; 0 if none has.
+    L_Pix(i) = -log [ sum_p / (sum_p + sum_n) ],  sum_p, sum_n: of e^(cos(x_i, x'_j) / tau) over the pixels j of the
+    other view that Eq. 1 makes positive, negative for i. Mean over the pixels i that have a positive, then over the
+    images that have such pixels; 0 if none has.
     x, x_prime: [N, C, H, W], no gradient into x_prime; positives: bool [N, HW, HW]. Returns a scalar >= 0.
     Raises ValueError or TypeError for inputs that do not fit, ValueError for temperature <= 0.
     """
@@ -151,8 +150,8 @@ def pixcontrast_loss(x, x_prime, positives, temperature=0.3):
         raise ValueError(f"expected temperature > 0, found {temperature}")
     logits = pixel_cosine(x, x_prime.detach()) / temperature  # [N, HW, HW]
     matched = positives.any(2)  # [N, HW, HW] -> [N, HW]
-    negatives = ~positives & matched[:, :, None]  # without any positive a row stays whole: log 1, not log 0
-    log_positive = logits.masked_fill(negatives, -math.inf).logsumexp(2)  # [N, HW, HW] -> [N, HW]
+    left_out = ~positives & matched[:, :, None]  # a row without positives stays whole: log 1, where log 0 gave nan
+    log_positive = logits.masked_fill(left_out, -math.inf).logsumexp(2)  # [N, HW, HW] -> [N, HW]
     log_all = logits.logsumexp(2)  # [N, HW, HW] -> [N, HW]
     return mean_over_images(log_all - log_positive, matched)  # Eq. 2
 
@@ -167,10 +166,7 @@ def pixel_cosine(x, x_prime):
 
 
 def mean_over_images(value, mask):
-    """Mean of value [N, ...] where mask [N, ...], image by image; then over the images that have any such place.
-
-    Where no image has any, the result is 0, with a gradient path and gradient 0.
-    """
+    """Mean of value [N, ...] where mask [N, ...] holds, then over the images where it does anywhere; else 0."""
     count = mask.flatten(1).sum(1)  # [N, ...] -> [N]
     total = (value * mask).flatten(1).sum(1)  # [N, ...] -> [N]
     return (total / count.clamp(min=1)).sum() / (count > 0).sum().clamp(min=1)
@@ -202,23 +198,24 @@ class PixelPropagation(nn.Module):
         super().__init__()
         if not gamma > 0 or num_layers < 0:
             raise ValueError(f"expected gamma > 0 and num_layers >= 0, found {gamma} and {num_layers}")
-        self.dim = dim
-        self.gamma = gamma
+        self.dim, self.gamma = dim, gamma
         layers = [nn.Conv2d(dim, dim, 1)] if num_layers else []
         for _ in range(num_layers - 1):
             layers += [nn.BatchNorm2d(dim), nn.ReLU(inplace=True), nn.Conv2d(dim, dim, 1)]
         self.transform = nn.Sequential(*layers)
 
-    def forward(self, x):
+    def forward(self, x, g=None):
+        """g: transform(x), if it is known already."""
         if x.dim() != 4 or x.shape[1] != self.dim:
             raise ValueError(f"expected a map [N, {self.dim}, H, W], found {list(x.shape)}")
+        g = self.transform(x) if g is None else g  # [N, dim, H, W]
         cosine = pixel_cosine(x, x)  # [N, HW, HW]
-        apart = cosine <= 0
-        base = cosine.masked_fill(apart, 1)  # keeps the infinite slope of a root at 0 out of the gradient
-        s = base.pow(self.gamma).masked_fill(apart, 0)  # Eq. 4
-        g = F.normalize(self.transform(x).flatten(2), dim=1)  # [N, C, H, W] -> [N, C, HW]
-        y = g @ s  # Eq. 3, s being symmetric: [N, C, HW] @ [N, HW, HW] -> [N, C, HW]
-        return y.unflatten(2, x.shape[2:])  # [N, C, HW] -> [N, C, H, W]
+        alike = cosine > 0
+        base = torch.where(alike, cosine, 1.0)  # the 1 keeps the infinite slope of a root at 0 out of the gradient
+        s = base.pow(self.gamma) * alike  # Eq. 4
+        g = F.normalize(g.flatten(2), dim=1)  # [N, dim, H, W] -> [N, dim, HW]
+        y = g @ s.to(g.dtype)  # Eq. 3, s being symmetric: [N, dim, HW] @ [N, HW, HW] -> [N, dim, HW]
+        return y.unflatten(2, x.shape[2:])  # [N, dim, HW] -> [N, dim, H, W]
 
 
 # ------------------------------------ Eq. 5 and 6: consistency ------------------------------------
@@ -250,8 +247,7 @@ class Backbone(nn.Module):
     """A torchvision classification network cut behind one layer: image [N, 3, h, w] -> map [N, out_channels, H, W].
 
     `body` is the cut network; its state dict has torchvision's own names. ResNets begin with zeros in the last
-    BatchNorm weight of each block (the authors' code). Raises ValueError for an arch or layer that does not exist
-    or gives no map. Any other nn.Module with `out_channels` that returns such a map serves PixPro as well.
+    BatchNorm weight of each block (the authors' code). Raises ValueError for an unknown arch or layer, or no map.
     """
 
     def __init__(self, arch="resnet50", layer="layer4"):
@@ -290,6 +286,9 @@ def projection_head(in_channels, hidden, out):
 
 
 # ------------------------------------ Momentum encoder, PixPro ------------------------------------
+PAIRS_AT_ONCE = 2**23  # pairs of pixels; larger batches of maps are worked through in pieces
+
+
 def momentum_at(step, total_steps, base=0.99):
     """m at step k of K: 1 - (1 - base) (cos(pi k / K) + 1) / 2, which rises from base to 1 (the authors' code)."""
     if not 0 <= step <= total_steps or total_steps < 1:
@@ -318,8 +317,11 @@ class PixPro(nn.Module):
             loss.backward()
             optimizer.step()
 
+    backbone: an nn.Module with `out_channels` that returns a map [N, out_channels, H, W], or a dict of them from fine
+    to coarse: then the loss is the mean over the maps, with the same heads, PPM and T (Sec. 3.3; its code was never
+    released), and the instance-level loss reads the coarsest.
     objective: "pixpro" (Eq. 5) or "pixcontrast" (Eq. 2; no PPM is built). instance_weight: alpha of Eq. 6.
-    Raises ValueError for unknown or negative ones, and for views and boxes whose shapes do not fit.
+    Raises ValueError for unknown names, values out of range, and views and boxes whose shapes do not fit.
     """
 
     def __init__(self, backbone, dim=256, hidden_dim=2048, gamma=2.0, num_layers=1, threshold=0.7,
@@ -327,11 +329,10 @@ class PixPro(nn.Module):
         super().__init__()
         if objective not in ("pixpro", "pixcontrast"):
             raise ValueError(f"expected objective 'pixpro' or 'pixcontrast', found {objective!r}")
-        if not instance_weight >= 0:
-            raise ValueError(f"expected instance_weight >= 0, found {instance_weight}")
-        self.threshold = threshold
-        self.temperature = temperature
-        self.instance_weight = instance_weight
+        if not (instance_weight >= 0 and threshold >= 0 and temperature > 0):
+            found = f"{instance_weight}, {threshold} and {temperature}"
+            raise ValueError(f"expected instance_weight and threshold >= 0 and temperature > 0, found {found}")
+        self.threshold, self.temperature, self.instance_weight = threshold, temperature, instance_weight
         self.backbone = backbone
         self.projector = projection_head(backbone.out_channels, hidden_dim, dim)
         self.propagation = PixelPropagation(dim, gamma, num_layers) if objective == "pixpro" else None
@@ -360,37 +361,59 @@ class PixPro(nn.Module):
             raise ValueError(f"expected two views [N, 3, h, w], found {list(view_1.shape)} and {list(view_2.shape)}")
         if len(box_1) != len(view_1):
             raise ValueError(f"expected a box for each of {len(view_1)} images, found {len(box_1)} boxes")
-        maps = self.backbone(view_1), self.backbone(view_2)  # [N, out_channels, H, W]
+        maps = [self.backbone(view_1), self.backbone(view_2)]
         with torch.no_grad():
-            targets = self.momentum_backbone(view_1), self.momentum_backbone(view_2)  # [N, out_channels, H, W]
-        loss, *figures = self.pixel_level(maps, targets, box_1, box_2)
+            maps += [self.momentum_backbone(view_1), self.momentum_backbone(view_2)]
+        levels = list(zip(*(m.values() for m in maps))) if isinstance(maps[0], dict) else [maps]  # fine to coarse
+        loss, *figures = torch.stack([self.pixel_level(*level, box_1, box_2) for level in levels]).mean(0)  # [4]
         if self.instance_weight > 0:
-            loss = loss + self.instance_weight * self.instance_level(maps, targets)  # Eq. 6
-        return Output(loss, *figures)
+            loss = loss + self.instance_weight * self.instance_level(*levels[-1])  # Eq. 6
+        return Output(loss, *(figure.detach() for figure in figures))
 
-    def pixel_level(self, maps, targets, box_1, box_2):
-        """Loss (Eq. 2 or 5, both directions), similarity, positives and spread, from the backbones' maps."""
-        x_1, x_2 = (self.projector(map) for map in maps)  # [N, dim, H, W]
+    def pixel_level(self, map_1, map_2, map_prime_1, map_prime_2, box_1, box_2):
+        """The fields of Output for one level, from both encoders' maps [N, out_channels, H, W] of both views: [4]."""
+        x_1, x_2 = self.projector(map_1), self.projector(map_2)  # [N, dim, H, W]
         with torch.no_grad():
-            x_prime_1, x_prime_2 = (self.momentum_projector(map) for map in targets)  # [N, dim, H, W]
-        positives = positive_pairs(box_1, box_2, x_1.shape[2:], self.threshold)  # [N, HW, HW]
-        swapped = positives.transpose(1, 2)  # from view 2 to view 1
-        loss = self.pixel_loss(x_1, x_prime_2, positives) + self.pixel_loss(x_2, x_prime_1, swapped)
-        with torch.no_grad():  # the figures beside the loss
-            cosines = consistency_loss(x_1, x_prime_2, positives) + consistency_loss(x_2, x_prime_1, swapped)
-            unit = F.normalize(torch.cat([x_1, x_2]).float(), dim=1)  # [2N, dim, H, W]
-            spread = unit.std((0, 2, 3), correction=0).mean() * math.sqrt(unit.shape[1])
-        return loss, -cosines / 2, positives.sum() / len(positives), spread
+            x_prime_1, x_prime_2 = self.momentum_projector(map_prime_1), self.momentum_projector(map_prime_2)
+        both = self.one_way(x_1, x_prime_2, box_1, box_2) + self.one_way(x_2, x_prime_1, box_2, box_1)
+        return torch.cat([both[:1], both[1:] / 2])  # the sum of the losses, the mean of the figures
 
-    def pixel_loss(self, x, x_prime, positives):
-        """Eq. 2 or Eq. 5, one direction."""
+    def one_way(self, x, x_prime, box, box_prime):
+        """The fields of Output from x to x_prime, [N, dim, H, W] each: [4].
+
+        Each image stands by itself in the equations: large maps are worked through a few images at a time, and their
+        [HW, HW] matrices are computed again in the backward pass instead of kept.
+        """
+        g = x if self.propagation is None else self.propagation.transform(x)  # BatchNorm sees the whole batch
+        images = max(1, PAIRS_AT_ONCE // x.shape[2:].numel() ** 2)
+        pieces = list(zip(*(tensor.split(images) for tensor in (x, g, x_prime, box, box_prime))))
+        if len(pieces) == 1:
+            sums = self.piece(*pieces[0])
+        else:
+            sums = sum(checkpoint(self.piece, *piece, use_reentrant=False) for piece in pieces)
+        loss, similarity, positives, matched = sums
+        unit = F.normalize(x.detach().float(), dim=1)  # [N, dim, H, W]
+        spread = unit.std((0, 2, 3), correction=0).mean() * math.sqrt(unit.shape[1])
+        matched = matched.clamp(min=1)
+        return torch.stack([loss / matched, similarity / matched, positives / len(x), spread])
+
+    def piece(self, x, g, x_prime, box, box_prime):
+        """Sums over some images: loss, similarity, positive pairs, images that have any; [4]."""
+        A = positive_pairs(box, box_prime, x.shape[2:], self.threshold)  # [N, HW, HW]
+        matched = A.flatten(1).any(1).sum()
         if self.propagation is None:
-            return pixcontrast_loss(x, x_prime, positives, self.temperature)
-        return consistency_loss(self.propagation(x), x_prime, positives)
-
-    def instance_level(self, maps, targets):
-        """L_inst of Eq. 6 in both directions, from the backbones' maps; pooled after the 1x1 convolutions."""
-        p_1, p_2 = (self.instance_predictor(self.instance_projector(map)).mean((2, 3)) for map in maps)  # [N, dim]
+            loss = pixcontrast_loss(x, x_prime, A, self.temperature)
+        else:
+            loss = consistency_loss(self.propagation(x, g), x_prime, A)
         with torch.no_grad():
-            z_prime_1, z_prime_2 = (self.momentum_instance_projector(map).mean((2, 3)) for map in targets)
+            similarity = -consistency_loss(x, x_prime, A)
+        return torch.stack([loss * matched, similarity * matched, A.sum(), matched])
+
+    def instance_level(self, map_1, map_2, map_prime_1, map_prime_2):
+        """L_inst of Eq. 6 in both directions, from maps of both encoders; pooled after the 1x1 convolutions."""
+        p_1 = self.instance_predictor(self.instance_projector(map_1)).mean((2, 3))  # [N, dim, H, W] -> [N, dim]
+        p_2 = self.instance_predictor(self.instance_projector(map_2)).mean((2, 3))  # [N, dim, H, W] -> [N, dim]
+        with torch.no_grad():
+            z_prime_1 = self.momentum_instance_projector(map_prime_1).mean((2, 3))  # [N, dim, H, W] -> [N, dim]
+            z_prime_2 = self.momentum_instance_projector(map_prime_2).mean((2, 3))  # [N, dim, H, W] -> [N, dim]
         return instance_loss(p_1, z_prime_2) + instance_loss(p_2, z_prime_1)

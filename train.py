@@ -1,11 +1,10 @@
 """Pre-training with PixPro: recipes, LARS, data, AMP, DDP, checkpoints, a linear probe and a picture.
-
     python train.py                                       recipe demo: drawn scenes, minutes on a CPU
     python train.py --data DIR                            recipe paper, on every image below DIR
     torchrun --nproc_per_node=8 train.py --data DIR       the same on 8 GPUs; --batch is their total
 
 Everything random is a function of (seed, number of the sample), every schedule one of the step. So the same command
-continues a stopped run exactly, and neither workers nor ranks change which samples come, or their views.
+continues a stopped run (on a CPU bit for bit), and workers and ranks change neither the samples nor their views.
 """
 
 import argparse
@@ -20,7 +19,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 from torchvision.transforms import v2
@@ -35,9 +33,9 @@ VALUES = {  # flag: (value in recipe demo, in recipe paper, meaning)
     "size": (112, 224, "pixels a side of the views"),
     "batch": (32, 1024, "images a step, over all ranks"),
     "epochs": (20.0, 100.0, "length of the run in passes over the images"),
-    "warmup_epochs": (5.0, 5.0, "length of the linear warm-up"),
+    "warmup_epochs": (5.0, 5.0, "length of the linear warm-up; at most a quarter of the run"),
     "lr": (4.0, None, "peak learning rate; None: batch / 256"),
-    "loss_scale": (2.0, 2.0, "the loss is minimised times this: the authors' rates fit 2 x Eq. 5"),
+    "loss_scale": (2.0, 2.0, "factor of the loss that is minimised: the authors' rates belong to 2 x Eq. 5"),
     "hidden_dim": (2048, 2048, "width of the heads"),
     "gamma": (2.0, 2.0, "exponent of Eq. 4"),
     "num_layers": (1, 1, "layers of g in Eq. 3"),
@@ -49,19 +47,19 @@ VALUES = {  # flag: (value in recipe demo, in recipe paper, meaning)
 DEMO = {name: demo for name, (demo, _, _) in VALUES.items()}
 PAPER = {name: paper for name, (_, paper, _) in VALUES.items()}
 MODEL = ("hidden_dim", "gamma", "num_layers", "threshold", "instance_weight", "objective", "temperature")
-FREE = ("recipe", "data", "out", "workers", "device", "compile", "epochs", "warmup_epochs")  # no part of the result
+FREE = ("recipe", "data", "out", "workers", "device", "compile", "epochs", "warmup_epochs")  # may change on resuming
 CLASSES = ("sky", "cloud", "mountain", "meadow", "road", "water", "tree", "house")
 SCENES, PROBE_SCENES = 512, 256  # drawn for pre-training; for training the probe, and as many for its test
 RECORD_STEPS = 10  # steps from one record of metrics.jsonl to the next; checkpoints fall on them
-PRINT_SECONDS, SAVE_SECONDS = 5, 30
+PRINT_SECONDS, SAVE_SECONDS = 5, 60
 LOW_SPREAD = 0.4  # healthy runs stay above, collapsed ones below
 
 
 # ------------------------------------ Optimizer and schedule ------------------------------------
 class LARS(torch.optim.SGD):
-    """SGD with momentum, on gradients first decayed and scaled parameter by parameter (arXiv 1708.03888):
-    g <- g + weight_decay p;  g <- g trust_coefficient |p| / (|g| + eps), by 1 where a norm is 0.
-    One-dimensional parameters are neither decayed nor scaled. step() changes the gradients in place.
+    """SGD with momentum on gradients that are decayed and scaled parameter by parameter first (arXiv 1708.03888):
+    g <- g + weight_decay p;  g <- g trust_coefficient |p| / (|g| + eps), unscaled where a norm is 0. Parameters of one
+    dimension are left alone. step() changes the gradients in place.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=1e-5, trust_coefficient=1e-3, eps=1e-8):
@@ -94,8 +92,7 @@ def lr_at(step, total_steps, warmup_steps, peak, floor=1e-6):
 # ------------------------------------ Data ------------------------------------
 class Scenes:
     """Drawn landscapes: images uint8 [count, 3, size, size], masks [count, size, size] with indices into CLASSES.
-
-    Scene n is a function of (seed, n) alone; n runs from `first` to first + count - 1.
+    Scene n is a function of (seed, n) and the size; n runs from `first` to first + count - 1.
     """
 
     def __init__(self, count, seed=0, first=0, size=144):
@@ -167,8 +164,7 @@ class Samples:
     """Sample n of a run: an image of epoch n // len(images) as two views and two boxes; a function of (seed, n)."""
 
     def __init__(self, images, views, seed):
-        self.images, self.views, self.seed = images, views, seed  # images: paths or uint8 [count, 3, h, w]
-        self.epoch = None
+        self.images, self.views, self.seed, self.epoch = images, views, seed, None  # images: paths or [count, 3, h, w]
 
     def __getitem__(self, n):
         epoch, place = divmod(n, len(self.images))
@@ -192,30 +188,30 @@ class Run:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group()  # NCCL for GPUs, gloo for CPUs
             self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-        if args.data:
-            self.images = sorted(p for p in Path(args.data).rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
-        else:
-            self.images = Scenes(SCENES, args.seed).images
-        if len(self.images) == 0:
+        files = Path(args.data).rglob("*") if args.data else []
+        paths = sorted(path for path in files if path.suffix.lower() in IMG_EXTENSIONS)
+        if args.data and not paths:
             raise ValueError(f"expected images below {args.data}, found none")
+        self.images = paths or Scenes(SCENES, args.seed).images
         if args.batch < 1 or args.batch % self.ranks:
             raise ValueError(f"expected a batch that {self.ranks} ranks can share equally, found {args.batch}")
         epoch = len(self.images) / args.batch  # in steps
-        args.images, args.warmup_steps = len(self.images), round(args.warmup_epochs * epoch)
-        args.steps = round(args.epochs * epoch) if args.steps is None else args.steps
-        if args.steps < 1:
-            raise ValueError(f"expected at least one step, found {args.steps}")
+        args.images, args.steps = len(self.images), round(args.epochs * epoch) if args.steps is None else args.steps
+        if args.steps < 1 or args.size < 1 or args.seed < 0 or args.workers < 0:
+            found = [args.steps, args.size, args.seed, args.workers]
+            raise ValueError(f"expected steps and size >= 1, seed and workers >= 0, found {found}")
+        args.warmup_steps = min(round(args.warmup_epochs * epoch), args.steps // 4)
         args.lr = args.batch / 256 if args.lr is None else args.lr
         args.amp = auto_amp(self.device) if args.amp == "auto" else args.amp
         self.settings = {name: value for name, value in vars(args).items() if name not in FREE}
         torch.manual_seed(args.seed)
-        core = PixPro(Backbone(args.arch, args.layer), **{name: getattr(args, name) for name in MODEL})
+        net = PixPro(Backbone(args.arch, args.layer), **{name: getattr(args, name) for name in MODEL})
         if self.ranks > 1 and self.device.type == "cuda":
-            core = nn.SyncBatchNorm.convert_sync_batchnorm(core)
-        self.core = core.to(self.device, memory_format=torch.channels_last)
-        self.model = nn.parallel.DistributedDataParallel(core, broadcast_buffers=False) if self.ranks > 1 else core
+            net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        self.core = net.to(self.device, memory_format=torch.channels_last)
+        self.model = torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False) if self.ranks > 1 else net
         self.model = torch.compile(self.model) if args.compile else self.model
-        self.optimizer = LARS([p for p in core.parameters() if p.requires_grad], args.lr)
+        self.optimizer = LARS([p for p in net.parameters() if p.requires_grad], args.lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
         self.step = self.printed_step = self.resume()
 
@@ -246,13 +242,13 @@ class Run:
 
     def record(self, outputs):
         """Stops at a loss that is not finite; rank 0 writes metrics.jsonl, now and then the log and the checkpoint."""
-        args = self.args
+        args, kept = self.args, f"{self.out} keeps the last checkpoint"
         if self.ranks > 1:
             dist.all_reduce(outputs)
         outputs = (outputs / self.ranks).cpu()  # the one place that waits for the GPU
         for step, loss in enumerate(outputs[:, 0], self.step - len(outputs) + 1):
             if not loss.isfinite():
-                sys.exit(f"train.py: error: the loss of step {step} is {loss}; {self.out} keeps the last checkpoint")
+                sys.exit(f"train.py: error: the loss of step {step} is {loss}; {kept}")
         if self.rank > 0:
             return
         lr, m = self.optimizer.param_groups[0]["lr"], momentum_at(self.step - 1, args.steps)
@@ -265,13 +261,16 @@ class Run:
             line = f"step {self.step}/{args.steps}  " + "  ".join(f"{name} {x:.4g}" for name, x in values.items())
             line += f"  {speed * args.batch:.0f} images/s  {(args.steps - self.step) / speed / 60:.1f} min left"
             if values["spread"] < LOW_SPREAD and self.step > args.warmup_steps:
-                line += "  (low spread: the features may have collapsed)"
-            print(f"\r\033[K{line}" if live else line, end="" if live and not finished else "\n", flush=True)
+                line = f"warning: low spread, the features may have collapsed; {line}"
+            line = f"\r\033[K{line[: os.get_terminal_size().columns - 1]}" if live else line  # redrawn in place
+            print(line, end="" if live and not finished else "\n", flush=True)
             self.printed, self.printed_step = now, self.step
         if finished or now - self.saved > SAVE_SECONDS:
+            if not all(p.isfinite().all() for p in self.core.parameters()):
+                sys.exit(f"train.py: error: weights are not finite at step {self.step}; {kept}")
             states = {name: getattr(self, name).state_dict() for name in ("core", "optimizer", "scaler")}
             size = (self.out / "metrics.jsonl").stat().st_size
-            save(self.out / "last.pt", states | {"step": self.step, "metrics": size, "settings": self.settings})
+            self.save("last.pt", states | {"step": self.step, "metrics": size, "settings": self.settings})
             self.saved = now
 
     def resume(self):
@@ -288,7 +287,7 @@ class Run:
                 getattr(self, name).load_state_dict(checkpoint[name])
         if self.rank == 0:
             with open(self.out / "metrics.jsonl", "a") as file:
-                file.truncate(checkpoint["metrics"])
+                file.truncate(min(file.tell(), checkpoint["metrics"]))
         return checkpoint["step"]
 
     def finish(self):
@@ -298,15 +297,23 @@ class Run:
         initial = Backbone(args.arch, args.layer).to(self.device)
         if args.data:
             square = v2.Compose([v2.PILToTensor(), v2.Resize(2 * args.size), v2.CenterCrop(2 * args.size)])
-            images = torch.stack([square(default_loader(path)) for path in self.images[:8]])
+            some = self.images[:: max(1, args.images // 8)][:8]
+            images = torch.stack([square(default_loader(path)) for path in some])  # [8, 3, h, w]
         else:
             scenes = Scenes(PROBE_SCENES, args.seed, first=SCENES)
             held_out = Scenes(PROBE_SCENES, args.seed, first=SCENES + PROBE_SCENES)
             before, after = (linear_probe(backbone, scenes, held_out) for backbone in (initial, trained))
             print(f"linear probe, mIoU: random initialisation {before:.1f}, pre-trained {after:.1f}")
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": self.step, "probe_random": before, "probe_pretrained": after}) + "\n")
             images = v2.functional.resize(held_out.images[:8], [2 * args.size])
         save_picture(self.out / "features.png", images, initial, trained)
-        save(self.out / "backbone.pt", trained.body.state_dict())
+        self.save("backbone.pt", trained.body.state_dict())
+
+    def save(self, name, state):
+        """torch.save, whole or not at all: written beside and renamed."""
+        torch.save(state, self.out / "writing.tmp")
+        os.replace(self.out / "writing.tmp", self.out / name)
 
 
 def auto_amp(device):
@@ -317,34 +324,26 @@ def auto_amp(device):
     return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "off"
 
 
-def save(path, state):
-    """torch.save, whole or not at all: written beside and renamed."""
-    torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
-
-
 # ------------------------------------ Probe and picture ------------------------------------
 @torch.no_grad()
 def frozen_features(backbone, images):
     """Maps [N, C, H, W] of images uint8 [N, 3, h, w], in eval mode."""
-    device = next(backbone.parameters()).device
-    normalise = v2.Normalize(MEAN, STD)
+    views = v2.functional.normalize(images.to(next(backbone.parameters()).device) / 255, MEAN, STD)
     backbone.eval()
-    return torch.cat([backbone(normalise(batch.to(device) / 255)) for batch in images.split(32)])
+    return torch.cat([backbone(batch) for batch in views.split(32)])
 
 
 def linear_probe(backbone, scenes, held_out):
-    """Mean IoU in percent, on held_out, of a 1x1 convolution on the frozen map that was trained on scenes.
-
-    Trained on the shares of the classes in each cell of the map (convex, by L-BFGS); tested at full resolution.
+    """Mean IoU in percent, on held_out, of a 1x1 convolution on the frozen map that was trained on scenes: trained to
+    give the shares of the classes in each cell of the map (convex, by L-BFGS), tested at full resolution.
     """
     features, test = frozen_features(backbone, scenes.images), frozen_features(backbone, held_out.images)
     std, mean = torch.std_mean(features, (0, 2, 3), keepdim=True)  # [1, C, 1, 1]
     features, test = (features - mean) / (std + 1e-6), (test - mean) / (std + 1e-6)  # [N, C, H, W]
     masks = F.one_hot(scenes.masks, len(CLASSES)).permute(0, 3, 1, 2).float()  # [N, h, w] -> [N, 8, h, w]
     shares = F.adaptive_avg_pool2d(masks, features.shape[2:]).to(features.device)  # [N, 8, h, w] -> [N, 8, H, W]
-    probe = nn.Conv2d(features.shape[1], len(CLASSES), 1).to(features.device)
-    nn.init.zeros_(probe.weight)
+    probe = torch.nn.Conv2d(features.shape[1], len(CLASSES), 1).to(features.device)
+    torch.nn.init.zeros_(probe.weight), torch.nn.init.zeros_(probe.bias)
     optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
     def closure():
@@ -385,8 +384,7 @@ def parse(argv):
     add("--steps", type=int, metavar="X", help="length of the run, instead of --epochs")
     add("--seed", type=int, metavar="X", default=0, help="of everything random (0)")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision (auto)")
-    add("--workers", type=int, metavar="X", default=max(1, min(8, os.cpu_count() - 1)),
-        help="processes of each rank that load data (cores less one, 1 to 8)")  # fmt: skip
+    add("--workers", type=int, metavar="X", default=min(8, os.cpu_count() // 2 or 1), help="data processes per rank")
     add("--device", metavar="X", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     add("--compile", action="store_true", help="run the model through torch.compile")
     for name, (demo, paper, text) in VALUES.items():
@@ -394,9 +392,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     args.recipe = args.recipe or ("paper" if args.data else "demo")
     args.out = args.out or Path("runs", args.recipe)
-    for name, value in (DEMO if args.recipe == "demo" else PAPER).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    recipe = DEMO if args.recipe == "demo" else PAPER
+    vars(args).update({name: value for name, value in recipe.items() if getattr(args, name) is None})
     return parser, args
 
 
@@ -404,10 +401,13 @@ def main(argv=None):
     parser, args = parse(argv)
     try:
         run = Run(args)
-    except ValueError as error:
+    except (ValueError, RuntimeError, OSError) as error:
         parser.error(str(error))
     if run.step < args.steps or not (args.out / "backbone.pt").exists():
-        run.train()
+        try:
+            run.train()
+        except KeyboardInterrupt:
+            sys.exit("\ntrain.py: stopped; the same command continues")
         if run.rank == 0:
             run.finish()
     if run.rank == 0:
