@@ -107,7 +107,6 @@ def positive_pairs(box_1, box_2, size, threshold=0.7):
 
     dist is the distance in the image between the centres of the bins i and j, divided by the diagonal of a bin; of
     the larger bin where the views differ.
-
     box_1, box_2: [N, 4] = (x0, y0, x1, y1) in any unit of length, x0 > x1 for a mirrored view.
     size: (H, W) of the map. Returns bool [N, HW, HW]: row i of view 1, column j of view 2.
     Raises ValueError for boxes of another shape, an empty map, threshold < 0.
@@ -139,9 +138,10 @@ def bin_centres(box, size):
 def pixcontrast_loss(x, x_prime, positives, temperature=0.3):
     """Eq. 2, from one view to the other:
 
-    L_Pix(i) = -log [ sum_p / (sum_p + sum_n) ],  sum_p, sum_n: of e^(cos(x_i, x'_j) / tau) over the pixels j of the
-    other view that Eq. 1 makes positive, negative for i. Mean over the pixels i that have a positive, then over the
-    images that have such pixels; 0 if none has.
+    L_Pix(i) = -log [ sum_{j in P} e^(cos(x_i, x'_j) / tau) / sum_j e^(cos(x_i, x'_j) / tau) ]
+
+    j: the pixels of the other view, P: those that Eq. 1 makes positive for i, the others being its negatives. Mean
+    over the pixels i that have a positive, then over the images that have such pixels; 0 if none has.
     x, x_prime: [N, C, H, W], no gradient into x_prime; positives: bool [N, HW, HW]. Returns a scalar >= 0.
     Raises ValueError or TypeError for inputs that do not fit, ValueError for temperature <= 0.
     """
@@ -393,7 +393,8 @@ class PixPro(nn.Module):
             sums = sum(checkpoint(self.piece, *piece, use_reentrant=False) for piece in pieces)
         loss, similarity, positives, matched = sums
         unit = F.normalize(x.detach().float(), dim=1)  # [N, dim, H, W]
-        spread = unit.std((0, 2, 3), correction=0).mean() * math.sqrt(unit.shape[1])
+        variance = unit.square().mean((0, 2, 3)) - unit.mean((0, 2, 3)).square()  # [dim]; var() is slow on CPUs
+        spread = variance.clamp(min=0).sqrt().mean() * math.sqrt(len(variance))
         matched = matched.clamp(min=1)
         return torch.stack([loss / matched, similarity / matched, positives / len(x), spread])
 

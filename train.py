@@ -368,7 +368,7 @@ def save_picture(path, images, *backbones):
         centred = maps - maps.mean((0, 1, 2))
         components = torch.linalg.svd(centred.flatten(0, 2), full_matrices=False)[2]  # [NHW, C] -> [C, C]
         scores = (centred @ components[:3].T).permute(0, 3, 1, 2)  # [N, H, W, C] @ [C, 3] -> [N, 3, H, W]
-        colours = torch.sigmoid(2 * scores / scores.std((0, 2, 3), keepdim=True))
+        colours = torch.sigmoid(1.3 * scores / scores.std((0, 2, 3), keepdim=True))
         rows.append(F.interpolate(colours, images.shape[2:]))  # [N, 3, H, W] -> [N, 3, h, w]
     save_image(torch.cat(rows), path, nrow=len(images), padding=4, pad_value=1.0)
 
