@@ -1352,7 +1352,7 @@ rank = dist.get_rank()
 model = test_pixpro.small_pixpro(instance_weight=1.0).eval()
 batch = [part[2 * rank : 2 * rank + 2] for part in test_pixpro.small_batch()]
 own = torch.autograd.grad(model(*batch).loss, [p for p in model.parameters() if p.requires_grad])
-wrapped = DistributedDataParallel(model, broadcast_buffers=False)
+wrapped = DistributedDataParallel(model)
 wrapped(*batch).loss.backward()
 shared = [p.grad for p in model.parameters() if p.requires_grad]
 torch.save((own, shared), f"{sys.argv[1]}/{rank}.pt")

@@ -209,7 +209,7 @@ class Run:
         if self.ranks > 1 and self.device.type == "cuda":
             net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
         self.core = net.to(self.device, memory_format=torch.channels_last)
-        self.model = torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False) if self.ranks > 1 else net
+        self.model = torch.nn.parallel.DistributedDataParallel(net) if self.ranks > 1 else net
         self.model = torch.compile(self.model) if args.compile else self.model
         self.optimizer = LARS([p for p in net.parameters() if p.requires_grad], args.lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
