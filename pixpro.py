@@ -286,9 +286,6 @@ def projection_head(in_channels, hidden, out):
 
 
 # ------------------------------------ Momentum encoder, PixPro ------------------------------------
-PAIRS_AT_ONCE = 2**23  # pairs of pixels; larger batches of maps are worked through in pieces
-
-
 def momentum_at(step, total_steps, base=0.99):
     """m at step k of K: 1 - (1 - base) (cos(pi k / K) + 1) / 2, which rises from base to 1 (the authors' code)."""
     if not 0 <= step <= total_steps or total_steps < 1:
@@ -324,6 +321,8 @@ class PixPro(nn.Module):
     Raises ValueError for unknown names, values out of range, and views and boxes whose shapes do not fit.
     """
 
+    pairs_at_once = 2**23  # pairs of pixels; beyond that a batch is worked through in pieces
+
     def __init__(self, backbone, dim=256, hidden_dim=2048, gamma=2.0, num_layers=1, threshold=0.7,
                  instance_weight=0.0, objective="pixpro", temperature=0.3):
         super().__init__()
@@ -348,11 +347,9 @@ class PixPro(nn.Module):
         """Momentum parameters become m * themselves + (1 - m) * the online ones; BatchNorm's buffers stay."""
         if not 0 <= m <= 1:
             raise ValueError(f"expected m in [0, 1], found {m}")
-        online = [*self.backbone.parameters(), *self.projector.parameters()]
-        momentum = [*self.momentum_backbone.parameters(), *self.momentum_projector.parameters()]
-        if self.instance_weight > 0:
-            online += self.instance_projector.parameters()
-            momentum += self.momentum_instance_projector.parameters()
+        names = ["backbone", "projector"] + ["instance_projector"] * (self.instance_weight > 0)
+        online = [p for name in names for p in getattr(self, name).parameters()]
+        momentum = [p for name in names for p in getattr(self, f"momentum_{name}").parameters()]
         torch._foreach_lerp_(momentum, online, weight=1 - m)
 
     def forward(self, view_1, view_2, box_1, box_2):
@@ -385,7 +382,7 @@ class PixPro(nn.Module):
         [HW, HW] matrices are computed again in the backward pass instead of kept.
         """
         g = x if self.propagation is None else self.propagation.transform(x)  # BatchNorm sees the whole batch
-        images = max(1, PAIRS_AT_ONCE // x.shape[2:].numel() ** 2)
+        images = max(1, self.pairs_at_once // x.shape[2:].numel() ** 2)
         pieces = list(zip(*(tensor.split(images) for tensor in (x, g, x_prime, box, box_prime))))
         if len(pieces) == 1:
             sums = self.piece(*pieces[0])
@@ -413,8 +410,8 @@ class PixPro(nn.Module):
     def instance_level(self, map_1, map_2, map_prime_1, map_prime_2):
         """L_inst of Eq. 6 in both directions, from maps of both encoders; pooled after the 1x1 convolutions."""
         p_1 = self.instance_predictor(self.instance_projector(map_1)).mean((2, 3))  # [N, dim, H, W] -> [N, dim]
-        p_2 = self.instance_predictor(self.instance_projector(map_2)).mean((2, 3))  # [N, dim, H, W] -> [N, dim]
+        p_2 = self.instance_predictor(self.instance_projector(map_2)).mean((2, 3))
         with torch.no_grad():
             z_prime_1 = self.momentum_instance_projector(map_prime_1).mean((2, 3))  # [N, dim, H, W] -> [N, dim]
-            z_prime_2 = self.momentum_instance_projector(map_prime_2).mean((2, 3))  # [N, dim, H, W] -> [N, dim]
+            z_prime_2 = self.momentum_instance_projector(map_prime_2).mean((2, 3))
         return instance_loss(p_1, z_prime_2) + instance_loss(p_2, z_prime_1)

@@ -1083,6 +1083,9 @@ def test_train_on_scenes_writes_everything(few_scenes, tmp_path, capsys):
         "last.pt",
         "metrics.jsonl",
     ]
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    run_main(tmp_path, "--steps", 12, "--lr", 1)  # nothing is left to do
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
     network = torchvision.models.resnet18(weights=None)
     missing, unexpected = network.load_state_dict(torch.load(tmp_path / "backbone.pt", weights_only=True), strict=False)
     assert not unexpected and {name.split(".")[0] for name in missing} == {"layer3", "layer4", "fc"}
@@ -1610,7 +1613,7 @@ def test_whole_large_maps_in_pieces(objective, overlap, monkeypatch):
     piece = PixPro.piece
     monkeypatch.setattr(PixPro, "piece", lambda model, *maps: (pieces.append(len(maps[0])), piece(model, *maps))[1])
     for pairs in (2**23, 2 * 12**2):  # 12 pixels: two images at once
-        monkeypatch.setattr(pixpro, "PAIRS_AT_ONCE", pairs)
+        monkeypatch.setattr(PixPro, "pairs_at_once", pairs)
         model = small_pixpro(objective=objective, num_layers=2)
         output = model(view_1, view_2, box_1, box_2)
         output.loss.backward()

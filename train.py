@@ -213,16 +213,19 @@ class Run:
         self.model = torch.compile(self.model) if args.compile else self.model
         self.optimizer = LARS([p for p in net.parameters() if p.requires_grad], args.lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
-        self.step = self.printed_step = self.resume()
+        self.step, self.recorded = self.resume()
 
     def train(self):
         args, outputs = self.args, []
         share = args.batch // self.ranks  # step k has the samples k * batch to (k + 1) * batch - 1
-        firsts = (step * args.batch + self.rank * share for step in range(self.step, args.steps))
+        firsts = range(self.step * args.batch + self.rank * share, args.steps * args.batch, args.batch)
         batches = [range(first, first + share) for first in firsts]
         samples, pin = Samples(self.images, TwoViews(args.size), args.seed), self.device.type == "cuda"
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
-        self.printed = self.saved = time.monotonic()
+        if self.rank == 0:
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.truncate(min(file.tell(), self.recorded))
+        self.printed, self.printed_step, self.saved = time.monotonic(), self.step, time.monotonic()
         for batch in DataLoader(samples, batch_sampler=batches, num_workers=args.workers, pin_memory=pin):
             batch = [tensor.to(self.device, non_blocking=True) for tensor in batch]
             torch.manual_seed(args.seed + self.step)  # for networks with dropout
@@ -274,21 +277,18 @@ class Run:
             self.saved = now
 
     def resume(self):
-        """Loads last.pt, if there is one, and cuts metrics.jsonl back to it; returns the number of steps done."""
+        """Loads last.pt, if there is one; returns the number of steps done and the size of metrics.jsonl then."""
         self.out.mkdir(parents=True, exist_ok=True)
         path, checkpoint = self.out / "last.pt", {"step": 0, "metrics": 0}
         if path.exists():
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            pairs = {name: (checkpoint["settings"].get(name), value) for name, value in self.settings.items()}
-            changes = [f"{name} was {old}, is {new}" for name, (old, new) in pairs.items() if old != new]
+            old, new = checkpoint["settings"], self.settings
+            changes = [f"{name} was {old.get(name)}, is {new[name]}" for name in new if old.get(name) != new[name]]
             if changes:
                 raise ValueError(f"{path} has other settings: {'; '.join(changes)}; keep them, or give another --out")
             for name in ("core", "optimizer", "scaler"):
                 getattr(self, name).load_state_dict(checkpoint[name])
-        if self.rank == 0:
-            with open(self.out / "metrics.jsonl", "a") as file:
-                file.truncate(min(file.tell(), checkpoint["metrics"]))
-        return checkpoint["step"]
+        return checkpoint["step"], checkpoint["metrics"]
 
     def finish(self):
         """Probe and picture, before and after training; backbone.pt comes last and marks the run as complete."""
@@ -297,8 +297,7 @@ class Run:
         initial = Backbone(args.arch, args.layer).to(self.device)
         if args.data:
             square = v2.Compose([v2.PILToTensor(), v2.Resize(2 * args.size), v2.CenterCrop(2 * args.size)])
-            some = self.images[:: max(1, args.images // 8)][:8]
-            images = torch.stack([square(default_loader(path)) for path in some])  # [8, 3, h, w]
+            images = torch.stack([square(default_loader(path)) for path in self.images[:: args.images // 8 or 1][:8]])
         else:
             scenes = Scenes(PROBE_SCENES, args.seed, first=SCENES)
             held_out = Scenes(PROBE_SCENES, args.seed, first=SCENES + PROBE_SCENES)
