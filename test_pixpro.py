@@ -64,6 +64,17 @@ def pixels(*columns):
     return torch.tensor(columns, dtype=torch.float32).T[None, :, None, :]
 
 
+def assert_same(found, expected):
+    """For positives: says which pair differs first."""
+    wrong = (found != expected).nonzero().tolist()
+    if wrong:
+        n, i, j = wrong[0]
+        pytest.fail(
+            f"pair ({i}, {j}) of image {n}: found {bool(found[n, i, j])}, expected {bool(expected[n, i, j])}; "
+            f"{len(wrong)} of {found.numel()} pairs differ"
+        )
+
+
 def random_maps(n=3, c=5, h=2, w=3, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(n, c, h, w, generator=generator, dtype=dtype) for _ in range(2)]
@@ -176,7 +187,7 @@ def test_eq1_by_hand():
 def test_eq1_equals_loops(size, threshold):
     box_1, box_2 = random_boxes(6, seed=1), random_boxes(6, seed=2)
     expected = slow_positive_pairs(box_1, box_2, size, threshold)
-    assert torch.equal(positive_pairs(box_1, box_2, size, threshold), expected)
+    assert_same(positive_pairs(box_1, box_2, size, threshold), expected)
 
 
 def test_eq1_authors_counts():
@@ -186,7 +197,7 @@ def test_eq1_authors_counts():
 def test_eq1_identical_boxes_give_the_diagonal():
     box = random_boxes(4, seed=3)
     for threshold in (0, 0.1, 0.3):
-        assert torch.equal(positive_pairs(box, box, (3, 4), threshold), torch.eye(12).bool().expand(4, -1, -1))
+        assert_same(positive_pairs(box, box, (3, 4), threshold), torch.eye(12).bool().expand(4, -1, -1))
 
 
 def test_eq1_centres_lie_inside_the_box():
@@ -202,7 +213,8 @@ def test_eq1_centres_lie_inside_the_box():
 def test_eq1_swapping_the_boxes_transposes():
     box_1, box_2 = random_boxes(5, seed=5), random_boxes(5, seed=6)
     A = positive_pairs(box_1, box_2, (3, 4))
-    assert A.any() and torch.equal(positive_pairs(box_2, box_1, (3, 4)), A.transpose(1, 2))
+    assert A.any()
+    assert_same(positive_pairs(box_2, box_1, (3, 4)), A.transpose(1, 2))
 
 
 def test_eq1_mirroring_permutes_columns():
@@ -215,8 +227,8 @@ def test_eq1_mirroring_permutes_columns():
 def test_eq1_unit_and_origin_do_not_matter():
     box_1, box_2 = random_boxes(5, seed=9), random_boxes(5, seed=10)
     A = positive_pairs(box_1, box_2, (4, 4))
-    assert torch.equal(positive_pairs(box_1 * 3, box_2 * 3, (4, 4)), A)
-    assert torch.equal(positive_pairs(box_1 + 50, box_2 + 50, (4, 4)), A)
+    assert_same(positive_pairs(box_1 * 3, box_2 * 3, (4, 4)), A)
+    assert_same(positive_pairs(box_1 + 50, box_2 + 50, (4, 4)), A)
 
 
 def test_eq1_larger_diagonal_counts():
@@ -362,7 +374,7 @@ def test_eq3_by_hand():
     # y_2 = 0.5 (1,0) + 0.5 (0,1) + (r,r) = (1.207107, 1.207107).
     y = PixelPropagation(dim=2, gamma=2, num_layers=0)(pixels([1, 0], [0, 1], [1, 1]))
     expected = pixels([1.353553, 0.353553], [0.353553, 1.353553], [1.207107, 1.207107])
-    assert torch.allclose(y, expected, atol=1e-6)
+    torch.testing.assert_close(y, expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("num_layers", [0, 1, 2])
@@ -372,7 +384,7 @@ def test_eq3_equals_loops(gamma, num_layers):
     ppm = PixelPropagation(dim=5, gamma=gamma, num_layers=num_layers)
     x = random_maps(n=2)[0]
     with torch.no_grad():
-        assert torch.allclose(ppm(x), slow_propagation(x, ppm.transform(x), gamma), atol=1e-5)
+        torch.testing.assert_close(ppm(x), slow_propagation(x, ppm.transform(x), gamma), atol=1e-5, rtol=0)
 
 
 def test_eq3_transform_has_l_layers():
@@ -1043,6 +1055,7 @@ def photographs(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         v2.functional.to_pil_image(image.to(torch.uint8)).save(path)
     (folder / "notes.txt").write_text("no image")
+    (folder / "._0.jpg").write_text("what another system leaves behind")
     return folder
 
 
@@ -1151,7 +1164,7 @@ def test_train_ends_with_one_line_at_ctrl_c(photographs, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train.Run, "record", interrupted)
-    with pytest.raises(SystemExit, match="the same command continues"):
+    with pytest.raises(SystemExit, match="the same command continues from .* starts again"):
         run_main(tmp_path / "out", "--data", photographs, "--steps", 1)
 
 
@@ -1692,16 +1705,16 @@ def test_whole_step_never_waits_for_the_device(options):
             loss.item()
 
 
-# Each equation's function and the arguments of one call.
-EQUATIONS = {
-    "eq1": ("positive_pairs", lambda: (random_boxes(3, seed=1), random_boxes(3, seed=2), (2, 3))),
-    "eq2": ("pixcontrast_loss", lambda: (*random_maps(), random_positives())),
-    "eq3-eq4": ("PixelPropagation", lambda: (random_maps()[0],)),
-    "eq5": ("consistency_loss", lambda: (*random_maps(), random_positives())),
-    "eq6": ("instance_loss", lambda: tuple(x[:, :, 0, 0] for x in random_maps())),
-    "momentum": ("momentum_at", lambda: (3, 10)),
+# Each function that others copy, and the arguments of one call.
+FUNCTIONS = {
+    "pairs": ("positive_pairs", lambda: (random_boxes(3, seed=1), random_boxes(3, seed=2), (2, 3))),
+    "contrast": ("pixcontrast_loss", lambda: (*random_maps(), random_positives())),
+    "propagation": ("PixelPropagation", lambda: (random_maps()[0],)),
+    "consistency": ("consistency_loss", lambda: (*random_maps(), random_positives())),
+    "instance": ("instance_loss", lambda: tuple(x[:, :, 0, 0] for x in random_maps())),
+    "m": ("momentum_at", lambda: (3, 10)),
 }
-every_equation = pytest.mark.parametrize("name, arguments", EQUATIONS.values(), ids=EQUATIONS.keys())
+every_function = pytest.mark.parametrize("name, arguments", FUNCTIONS.values(), ids=FUNCTIONS.keys())
 
 
 def call(module, name, arguments):
@@ -1711,8 +1724,8 @@ def call(module, name, arguments):
     return getattr(module, name)(*arguments)
 
 
-@every_equation
-def test_copy_into_another_file(name, arguments):
+@every_function
+def test_whole_copies_into_another_file(name, arguments):
     """The function and the helpers that it names, at most three, run with only torch and the standard library."""
     definitions = {node.name: node for node in ast.parse(inspect.getsource(pixpro)).body if hasattr(node, "name")}
     needed, queue = {}, [name]
@@ -1729,8 +1742,8 @@ def test_copy_into_another_file(name, arguments):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-@every_equation
-def test_half_precision(name, arguments, dtype):
+@every_function
+def test_whole_in_half_precision(name, arguments, dtype):
     expected = call(pixpro, name, arguments())
     with torch.autocast("cpu", dtype):
         found = call(pixpro, name, arguments())
@@ -1743,8 +1756,8 @@ def test_half_precision(name, arguments, dtype):
         assert found.dtype == half.dtype == torch.float32
 
 
-@every_equation
-def test_compile_fullgraph(name, arguments):
+@every_function
+def test_whole_function_compiles(name, arguments):
     torch._dynamo.reset()
     if name == "PixelPropagation":
         torch.manual_seed(0)
@@ -1758,7 +1771,7 @@ def test_compile_fullgraph(name, arguments):
 def test_groups_share_no_word(request):
     """Each word of GROUPS selects its own tests and no others."""
     groups = [(item.name, [word for word in GROUPS if word in item.name]) for item in request.session.items]
-    assert [(name, words) for name, words in groups if len(words) > 1 and words != ["eq3", "eq4"]] == []
+    assert [(name, words) for name, words in groups if len(words) > 1] == []
 
 
 def test_files_stay_small_and_import_little():
@@ -1797,10 +1810,10 @@ def test_readme_counts_lines():
     counts = re.findall(r"\[(\w+\.py)\]\(\1\) \((\d+)\s+lines", README)
     assert len(counts) == 2
     for name, count in counts:
-        assert int(count) == len((HERE / name).read_text().splitlines()), name
+        assert abs(int(count) - len((HERE / name).read_text().splitlines())) <= 25, name  # an exercise may be open
 
 
 def test_readme_flags_exist():
     parser = train.parse([])[0]
     flags = {flag for action in parser._actions for flag in action.option_strings}
-    assert set(re.findall(r"(?<![-|])--[a-z][a-z-]*", README)) - {"--nproc"} <= flags
+    assert set(re.findall(r"(?<![-|])--[a-z][a-z-]*", README)) - {"--nproc", "--tb"} <= flags

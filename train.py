@@ -34,10 +34,10 @@ VALUES = {  # flag: (value in recipe demo, in recipe paper, meaning)
     "batch": (32, 1024, "images a step, over all ranks"),
     "epochs": (20.0, 100.0, "length of the run in passes over the images"),
     "warmup_epochs": (5.0, 5.0, "length of the linear warm-up; at most a quarter of the run"),
-    "lr": (4.0, None, "peak learning rate; None: batch / 256"),
+    "lr": (4.0, None, "peak learning rate; without one: batch / 256"),
     "loss_scale": (2.0, 2.0, "factor of the loss that is minimised: the authors' rates belong to 2 x Eq. 5"),
     "hidden_dim": (2048, 2048, "width of the heads"),
-    "gamma": (2.0, 2.0, "exponent of Eq. 4"),
+    "gamma": (2.0, 2.0, "exponent of the similarity in Eq. 4"),
     "num_layers": (1, 1, "layers of g in Eq. 3"),
     "threshold": (0.7, 0.7, "T of Eq. 1"),
     "instance_weight": (0.0, 0.0, "alpha of Eq. 6"),
@@ -189,7 +189,7 @@ class Run:
             dist.init_process_group()  # NCCL for GPUs, gloo for CPUs
             self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         files = Path(args.data).rglob("*") if args.data else []
-        paths = sorted(path for path in files if path.suffix.lower() in IMG_EXTENSIONS)
+        paths = sorted(path for path in files if path.suffix.lower() in IMG_EXTENSIONS and path.name[0] != ".")
         if args.data and not paths:
             raise ValueError(f"expected images below {args.data}, found none")
         self.images = paths or Scenes(SCENES, args.seed).images
@@ -225,6 +225,7 @@ class Run:
         if self.rank == 0:
             with open(self.out / "metrics.jsonl", "a") as file:
                 file.truncate(min(file.tell(), self.recorded))
+            print(f"{self.out}: {args.arch} on {args.images} images, {args.device}, {args.amp}, from step {self.step}")
         self.printed, self.printed_step, self.saved = time.monotonic(), self.step, time.monotonic()
         for batch in DataLoader(samples, batch_sampler=batches, num_workers=args.workers, pin_memory=pin):
             batch = [tensor.to(self.device, non_blocking=True) for tensor in batch]
@@ -355,8 +356,8 @@ def linear_probe(backbone, scenes, held_out):
     logits = F.interpolate(probe(test), held_out.masks.shape[1:], mode="bilinear")  # [N, 8, H, W] -> [N, 8, h, w]
     pairs = len(CLASSES) * held_out.masks + logits.argmax(1).cpu()  # [N, h, w]: true class, predicted class
     confusion = pairs.flatten().bincount(minlength=len(CLASSES) ** 2).view(len(CLASSES), -1)  # [64] -> [8, 8]
-    hits, union = confusion.diag(), confusion.sum(0) + confusion.sum(1) - confusion.diag()  # [8]
-    return 100 * (hits / union).mean().item()
+    iou = confusion.diag() / (confusion.sum(0) + confusion.sum(1) - confusion.diag())  # [8]
+    return 100 * iou.mean().item()
 
 
 def save_picture(path, images, *backbones):
@@ -378,13 +379,13 @@ def parse(argv):
     parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=29, width=120)
     add = parser.add_argument
     add("--data", metavar="DIR", help="train on every image below this folder (else on drawn scenes)")
-    add("--recipe", choices=["demo", "paper"], help="values of the flags that name both (paper with --data, else demo)")
+    add("--recipe", choices=["demo", "paper"], help="values of the flags below that name both (paper with --data)")
     add("--out", metavar="DIR", type=Path, help="folder for everything that is written (runs/RECIPE)")
     add("--steps", type=int, metavar="X", help="length of the run, instead of --epochs")
-    add("--seed", type=int, metavar="X", default=0, help="of everything random (0)")
-    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision (auto)")
-    add("--workers", type=int, metavar="X", default=min(8, os.cpu_count() // 2 or 1), help="data processes per rank")
-    add("--device", metavar="X", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
+    add("--seed", type=int, metavar="X", default=0, help="of scenes, weights, order, crops, colours (%(default)s)")
+    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="bf16, fp16 or none (auto)")
+    add("--workers", type=int, default=min(8, os.cpu_count() // 2 or 1), help="data processes per rank (%(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ... (%(default)s)")
     add("--compile", action="store_true", help="run the model through torch.compile")
     for name, (demo, paper, text) in VALUES.items():
         add(f"--{name.replace('_', '-')}", type=type(demo), metavar="X", help=f"{text} (demo {demo}, paper {paper})")
@@ -406,7 +407,7 @@ def main(argv=None):
         try:
             run.train()
         except KeyboardInterrupt:
-            sys.exit("\ntrain.py: stopped; the same command continues")
+            sys.exit(f"\ntrain.py: stopped; the same command continues from {args.out}/last.pt, without it starts again")
         if run.rank == 0:
             run.finish()
     if run.rank == 0:
