@@ -407,7 +407,7 @@ def main(argv=None):
         try:
             run.train()
         except KeyboardInterrupt:
-            sys.exit(f"\ntrain.py: stopped; the same command continues from {args.out}/last.pt, without it starts again")
+            sys.exit(f"\nstopped; the same command continues from {args.out}/last.pt, or without it starts again")
         if run.rank == 0:
             run.finish()
     if run.rank == 0:
