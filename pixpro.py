@@ -74,8 +74,8 @@ class TwoViews:
     def crop(self, image):
         """A random crop, resized and half of the time mirrored: [3, H, W] -> view [3, size, size], box [4]."""
         top, left, height, width = v2.RandomResizedCrop.get_params(image, self.scale, ratio=(3 / 4, 4 / 3))
-        view = v2.functional.resized_crop(image, top, left, height, width, [self.size, self.size])
-        box = torch.tensor([left, top, left + width, top + height], dtype=torch.float32)
+        view = v2.functional.resized_crop(image, top, left, height, width, [self.size, self.size])  # [3, size, size]
+        box = torch.tensor([left, top, left + width, top + height], dtype=torch.float32)  # [4]
         if torch.rand(()) < 0.5:
             view, box = v2.functional.horizontal_flip(view), box[[2, 1, 0, 3]]
         return view, box
@@ -358,11 +358,12 @@ class PixPro(nn.Module):
             raise ValueError(f"expected two views [N, 3, h, w], found {list(view_1.shape)} and {list(view_2.shape)}")
         if len(box_1) != len(view_1):
             raise ValueError(f"expected a box for each of {len(view_1)} images, found {len(box_1)} boxes")
-        maps = [self.backbone(view_1), self.backbone(view_2)]
+        maps = [self.backbone(view_1), self.backbone(view_2)]  # each [N, out_channels, H, W], or a dict of them
         with torch.no_grad():
             maps += [self.momentum_backbone(view_1), self.momentum_backbone(view_2)]
         levels = list(zip(*(m.values() for m in maps))) if isinstance(maps[0], dict) else [maps]  # fine to coarse
-        loss, *figures = torch.stack([self.pixel_level(*level, box_1, box_2) for level in levels]).mean(0)  # [4]
+        outputs = [self.pixel_level(*level, box_1, box_2) for level in levels]
+        loss, *figures = torch.stack(outputs).mean(0)  # [levels, 4] -> 4 scalars
         if self.instance_weight > 0:
             loss = loss + self.instance_weight * self.instance_level(*levels[-1])  # Eq. 6
         return Output(loss, *(figure.detach() for figure in figures))
@@ -371,7 +372,8 @@ class PixPro(nn.Module):
         """The fields of Output for one level, from both encoders' maps [N, out_channels, H, W] of both views: [4]."""
         x_1, x_2 = self.projector(map_1), self.projector(map_2)  # [N, dim, H, W]
         with torch.no_grad():
-            x_prime_1, x_prime_2 = self.momentum_projector(map_prime_1), self.momentum_projector(map_prime_2)
+            x_prime_1 = self.momentum_projector(map_prime_1)  # [N, dim, H, W]
+            x_prime_2 = self.momentum_projector(map_prime_2)
         both = self.one_way(x_1, x_prime_2, box_1, box_2) + self.one_way(x_2, x_prime_1, box_2, box_1)
         return torch.cat([both[:1], both[1:] / 2])  # the sum of the losses, the mean of the figures
 
@@ -382,8 +384,8 @@ class PixPro(nn.Module):
         [HW, HW] matrices are computed again in the backward pass instead of kept.
         """
         g = x if self.propagation is None else self.propagation.transform(x)  # BatchNorm sees the whole batch
-        images = max(1, self.pairs_at_once // x.shape[2:].numel() ** 2)
-        pieces = list(zip(*(tensor.split(images) for tensor in (x, g, x_prime, box, box_prime))))
+        at_once = max(1, self.pairs_at_once // x.shape[2:].numel() ** 2)  # images
+        pieces = list(zip(*(tensor.split(at_once) for tensor in (x, g, x_prime, box, box_prime))))
         if len(pieces) == 1:
             sums = self.piece(*pieces[0])
         else:
@@ -396,7 +398,7 @@ class PixPro(nn.Module):
         return torch.stack([loss / matched, similarity / matched, positives / len(x), spread])
 
     def piece(self, x, g, x_prime, box, box_prime):
-        """Sums over some images: loss, similarity, positive pairs, images that have any; [4]."""
+        """Sums over some images: of loss and similarity, of positive pairs, and of images that have any; [4]."""
         A = positive_pairs(box, box_prime, x.shape[2:], self.threshold)  # [N, HW, HW]
         matched = A.flatten(1).any(1).sum()
         if self.propagation is None:

@@ -1114,8 +1114,8 @@ class Killed(Exception):
     pass
 
 
-def kill_at(monkeypatch, step):
-    """The next run dies after this step's record."""
+def run_killed_at(step, monkeypatch, out, *flags):
+    """A run that dies after the record of this step."""
     record = train.Run.record
 
     def dying(run, outputs):
@@ -1123,7 +1123,9 @@ def kill_at(monkeypatch, step):
         if run.step == step:
             raise Killed
 
-    monkeypatch.setattr(train.Run, "record", dying)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train.Run, "record", dying)
+        run_main(out, *flags)
 
 
 @pytest.mark.parametrize(
@@ -1134,10 +1136,7 @@ def test_train_continues_bit_for_bit(photographs, tmp_path, monkeypatch, flags, 
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)
     flags = ["--data", photographs, "--steps", 6, "--lr", 1, *flags]
     run_main(tmp_path / "whole", *flags)
-    with monkeypatch.context() as patch:
-        kill_at(patch, step=4)
-        with pytest.raises(Killed):
-            run_main(tmp_path / "killed", *flags)
+    run_killed_at(4, monkeypatch, tmp_path / "killed", *flags)
     with open(tmp_path / "killed" / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "lo')  # what a kill in the middle of writing leaves
     run_main(tmp_path / "killed", *flags, "--workers", 2)
@@ -1150,10 +1149,7 @@ def test_train_continues_bit_for_bit(photographs, tmp_path, monkeypatch, flags, 
 def test_train_continues_without_metrics(photographs, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "RECORD_STEPS", 1)
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)
-    with monkeypatch.context() as patch:
-        kill_at(patch, step=2)
-        with pytest.raises(Killed):
-            run_main(tmp_path / "out", "--data", photographs, "--steps", 3)
+    run_killed_at(2, monkeypatch, tmp_path / "out", "--data", photographs, "--steps", 3)
     (tmp_path / "out" / "metrics.jsonl").unlink()
     run_main(tmp_path / "out", "--data", photographs, "--steps", 3)
     assert [record["step"] for record in metrics(tmp_path / "out")] == [3]
@@ -1186,10 +1182,7 @@ def test_train_keeps_the_checkpoint_from_weights_that_are_not_finite(photographs
 
 def test_train_continues_from_the_start_without_a_checkpoint(photographs, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "RECORD_STEPS", 1)
-    with monkeypatch.context() as patch:
-        kill_at(patch, step=2)
-        with pytest.raises(Killed):
-            run_main(tmp_path / "out", "--data", photographs, "--steps", 3)
+    run_killed_at(2, monkeypatch, tmp_path / "out", "--data", photographs, "--steps", 3)
     assert len(metrics(tmp_path / "out")) == 2 and not (tmp_path / "out" / "last.pt").exists()
     run_main(tmp_path / "out", "--data", photographs, "--steps", 3)
     assert [record["step"] for record in metrics(tmp_path / "out")] == [1, 2, 3]
@@ -1198,10 +1191,7 @@ def test_train_continues_from_the_start_without_a_checkpoint(photographs, tmp_pa
 def test_train_does_not_restart_m(photographs, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "RECORD_STEPS", 1)
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)
-    with monkeypatch.context() as patch:
-        kill_at(patch, step=3)
-        with pytest.raises(Killed):
-            run_main(tmp_path / "out", "--data", photographs, "--steps", 5)
+    run_killed_at(3, monkeypatch, tmp_path / "out", "--data", photographs, "--steps", 5)
     used = []
     update = PixPro.update_momentum
     monkeypatch.setattr(PixPro, "update_momentum", lambda model, m: (used.append(m), update(model, m)))

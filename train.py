@@ -1,4 +1,5 @@
 """Pre-training with PixPro: recipes, LARS, data, AMP, DDP, checkpoints, a linear probe and a picture.
+
     python train.py                                       recipe demo: drawn scenes, minutes on a CPU
     python train.py --data DIR                            recipe paper, on every image below DIR
     torchrun --nproc_per_node=8 train.py --data DIR       the same on 8 GPUs; --batch is their total
@@ -17,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
@@ -57,9 +57,9 @@ LOW_SPREAD = 0.4  # healthy runs stay above, collapsed ones below
 
 # ------------------------------------ Optimizer and schedule ------------------------------------
 class LARS(torch.optim.SGD):
-    """SGD with momentum on gradients that are decayed and scaled parameter by parameter first (arXiv 1708.03888):
-    g <- g + weight_decay p;  g <- g trust_coefficient |p| / (|g| + eps), unscaled where a norm is 0. Parameters of one
-    dimension are left alone. step() changes the gradients in place.
+    """SGD with momentum on gradients that are first decayed and scaled parameter by parameter (arXiv 1708.03888):
+    g <- g + weight_decay p;  g <- g trust_coefficient |p| / (|g| + eps), unscaled where a norm is 0. One-dimensional
+    parameters are neither decayed nor scaled. step() changes the gradients in place.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=1e-5, trust_coefficient=1e-3, eps=1e-8):
@@ -186,8 +186,8 @@ class Run:
         if "LOCAL_RANK" in os.environ:  # under torchrun
             if self.device.type == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group()  # NCCL for GPUs, gloo for CPUs
-            self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+            torch.distributed.init_process_group()  # NCCL for GPUs, gloo for CPUs
+            self.rank, self.ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         files = Path(args.data).rglob("*") if args.data else []
         paths = sorted(path for path in files if path.suffix.lower() in IMG_EXTENSIONS and path.name[0] != ".")
         if args.data and not paths:
@@ -248,7 +248,7 @@ class Run:
         """Stops at a loss that is not finite; rank 0 writes metrics.jsonl, now and then the log and the checkpoint."""
         args, kept = self.args, f"{self.out} keeps the last checkpoint"
         if self.ranks > 1:
-            dist.all_reduce(outputs)
+            torch.distributed.all_reduce(outputs)
         outputs = (outputs / self.ranks).cpu()  # the one place that waits for the GPU
         for step, loss in enumerate(outputs[:, 0], self.step - len(outputs) + 1):
             if not loss.isfinite():
@@ -413,7 +413,7 @@ def main(argv=None):
     if run.rank == 0:
         print(f"complete: {args.steps} steps; {args.out} has last.pt, backbone.pt, metrics.jsonl and features.png")
     if run.ranks > 1:
-        dist.destroy_process_group()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
