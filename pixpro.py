@@ -115,23 +115,22 @@ def positive_pairs(box_1, box_2, size, threshold=0.7):
         raise ValueError(f"expected two boxes [N, 4], found {list(box_1.shape)} and {list(box_2.shape)}")
     if min(size) < 1 or not threshold >= 0:
         raise ValueError(f"expected size >= (1, 1) and threshold >= 0, found {tuple(size)} and {threshold}")
-    x_1, y_1, diagonal_1 = bin_centres(box_1, size)
-    x_2, y_2, diagonal_2 = bin_centres(box_2, size)
-    distance = torch.hypot(x_1[:, :, None] - x_2[:, None, :], y_1[:, :, None] - y_2[:, None, :])  # [N, HW, HW]
+    centres_1, diagonal_1 = bin_centres(box_1, size)
+    centres_2, diagonal_2 = bin_centres(box_2, size)
+    distance = torch.cdist(centres_1, centres_2, compute_mode="donot_use_mm_for_euclid_dist")  # [N, HW, HW]
     diagonal = torch.maximum(diagonal_1, diagonal_2)[:, :, None]  # [N, 1] -> [N, 1, 1]
     return distance <= threshold * diagonal  # Eq. 1
 
 
 def bin_centres(box, size):
-    """Centres of the H x W bins of a box [N, 4]: x [N, HW], y [N, HW]; and the diagonal of a bin [N, 1]."""
+    """Centres (x, y) of the H x W bins of a box [N, 4]: [N, HW, 2]; and the diagonal of a bin: [N, 1]."""
     H, W = size
     x0, y0, x1, y1 = box.float().split(1, dim=1)  # [N, 4] -> 4 of [N, 1]
     width, height = (x1 - x0) / W, (y1 - y0) / H  # of a bin; a mirrored one has a negative width
     x = x0 + width * (torch.arange(W, device=box.device) + 0.5)  # [N, W]
     y = y0 + height * (torch.arange(H, device=box.device) + 0.5)  # [N, H]
-    x = x[:, None, :].expand(-1, H, -1).flatten(1)  # [N, W] -> [N, H, W] -> [N, HW]
-    y = y[:, :, None].expand(-1, -1, W).flatten(1)  # [N, H] -> [N, H, W] -> [N, HW]
-    return x, y, torch.hypot(width, height)
+    grid = torch.broadcast_tensors(x[:, None, :], y[:, :, None])  # [N, 1, W] and [N, H, 1] -> 2 of [N, H, W]
+    return torch.stack(grid, 3).flatten(1, 2), torch.hypot(width, height)  # [N, H, W, 2] -> [N, HW, 2]
 
 
 # ------------------------------------ Eq. 2: PixContrast ------------------------------------
@@ -210,9 +209,7 @@ class PixelPropagation(nn.Module):
             raise ValueError(f"expected a map [N, {self.dim}, H, W], found {list(x.shape)}")
         g = self.transform(x) if g is None else g  # [N, dim, H, W]
         cosine = pixel_cosine(x, x)  # [N, HW, HW]
-        alike = cosine > 0
-        base = torch.where(alike, cosine, 1.0)  # the 1 keeps the infinite slope of a root at 0 out of the gradient
-        s = base.pow(self.gamma) * alike  # Eq. 4
+        s = F.relu(cosine).pow(self.gamma)  # Eq. 4; relu also cuts off the infinite slope of a root at 0
         g = F.normalize(g.flatten(2), dim=1)  # [N, dim, H, W] -> [N, dim, HW]
         y = g @ s.to(g.dtype)  # Eq. 3, s being symmetric: [N, dim, HW] @ [N, HW, HW] -> [N, dim, HW]
         return y.unflatten(2, x.shape[2:])  # [N, dim, HW] -> [N, dim, H, W]

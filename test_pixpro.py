@@ -202,7 +202,8 @@ def test_eq1_identical_boxes_give_the_diagonal():
 
 def test_eq1_centres_lie_inside_the_box():
     box = random_boxes(8, seed=4)
-    x, y, diagonal = pixpro.bin_centres(box, (3, 5))
+    centres, diagonal = pixpro.bin_centres(box, (3, 5))
+    x, y = centres.unbind(2)
     left, right = box[:, [0, 2]].amin(1, keepdim=True), box[:, [0, 2]].amax(1, keepdim=True)
     assert ((x > left) & (x < right) & (y > box[:, 1:2]) & (y < box[:, 3:4])).all()
     # and symmetrically: their mean is the middle of the box
