@@ -1,34 +1,30 @@
 """PixPro, the whole method in one file: pixel-level consistency for unsupervised pre-training.
 
 "Propagate Yourself", Xie, Lin, Zhang, Cao, Lin, Hu; CVPR 2021; arXiv 2011.10043. In the paper's order:
-
 1. Two random crops of an image become two views; each remembers its box in the image (Sec. 3.1).
 2. A "pixel" is a cell of the encoder's map. Pixels of both views that lie close in the image are positives (Eq. 1).
 3. PixContrast is InfoNCE over the pixels of one image (Eq. 2). PixPro has no negatives: the online map, smoothed by
    the pixel propagation module (Eq. 3, 4), is pulled towards the other view's map from a momentum encoder (Eq. 5).
 4. An instance-level loss may share the backbone (Eq. 6); a head network's levels may share the loss (Sec. 3.3).
 
-symbol      name                         shape          what it is
+symbol      name                         shape          what it is (N: batch; pixel i = row * W + column)
 x           x                            [N, C, H, W]   map of the online encoder (backbone and projector)
 x'          x_prime                      [N, C, H, W]   map of the momentum encoder for the other view
 y           y                            [N, C, H, W]   x after propagation
 A           positives                    [N, HW, HW]    bool; rows are pixels of this view, columns of the other
 T           threshold                    number         largest distance of a positive pair, in bin diagonals
-tau         temperature                  number         of Eq. 2
 s, gamma    s, gamma                     [N, HW, HW]    similarity within one map, and its exponent
 g           PixelPropagation.transform   module         num_layers 1x1 convolutions
-alpha       instance_weight              number         weight of the instance-level loss
+tau, alpha  temperature, instance_weight numbers        of Eq. 2 and of Eq. 6
 m           m, momentum_at               number         share of itself that the momentum encoder keeps
 
-N is the batch; pixels are counted row by row, i = row * W + column.
-
-Differences to the authors' code, where the paper decides: Eq. 1 has <=, not <, and measures in the image, not on axes
-normalised one by one; the loss is Eq. 5, not twice Eq. 5; images without positives are left out of the mean and do not
-count as 0; s is exactly 0 for cosines <= 0, at gamma < 1 too; heads are 2048 wide, not 4096; PixContrast exists. Where
-the paper is silent the code decides: g(x_j) is L2-normalised in Eq. 3, the larger of two bin diagonals counts in Eq. 1.
-One exception: the instance-level loss has no negatives, as in the code; the paper writes SimCLR.
+The paper overrules the authors' code: Eq. 1 has <=, not <, and measures in the image, not on axes normalised one by
+one; the loss is Eq. 5, not twice it; images without positives are left out, not counted as 0; s is 0 for cosines <= 0;
+heads are 2048 wide, not 4096; PixContrast exists. The code decides where the paper is silent (g(x_j) is normalised in
+Eq. 3, the larger of two bin diagonals counts in Eq. 1), and once where it is not: no negatives in the instance loss.
 """
 
+import argparse
 import copy
 import difflib
 import math
@@ -43,16 +39,15 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms import v2
 
 # ------------------------------------ Views (Sec. 3.1) ------------------------------------
-MEAN = (0.485, 0.456, 0.406)  # of ImageNet's RGB values in [0, 1]
-STD = (0.229, 0.224, 0.225)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's RGB values in [0, 1]
 
 
 class TwoViews:
     """Two random views of an image, and where they lie in it (Sec. 3.1; colours of BYOL, as in the authors' code).
 
-    Takes an RGB uint8 tensor [3, H, W] or a PIL image. Returns view_1, view_2: float [3, size, size], normalised by
-    MEAN and STD; and box_1, box_2: [4] = (x0, y0, x1, y1), the crop's edges in pixels of the image, x0 > x1 for a
-    mirrored view. Draws from torch's global generator. Raises TypeError and ValueError for anything else.
+    Takes an RGB uint8 tensor [3, H, W] or a PIL image, else raises TypeError or ValueError. Returns view_1, view_2:
+    float [3, size, size], normalised by MEAN and STD; and box_1, box_2: [4] = (x0, y0, x1, y1), the crop's edges in
+    pixels of the image, x0 > x1 for a mirrored view. Draws from torch's global generator.
     """
 
     def __init__(self, size=224, scale=(0.08, 1.0)):
@@ -61,8 +56,7 @@ class TwoViews:
         self.colour_2 = random_colour(blur=0.1, solarize=0.2)
 
     def __call__(self, image):
-        if hasattr(image, "convert"):  # PIL, any mode
-            image = v2.functional.pil_to_tensor(image.convert("RGB"))  # [3, H, W]
+        image = v2.functional.pil_to_tensor(image.convert("RGB")) if hasattr(image, "convert") else image  # PIL
         if not torch.is_tensor(image) or image.dtype != torch.uint8:
             raise TypeError(f"expected a uint8 tensor or PIL image, found {type(image)} {getattr(image, 'dtype', '')}")
         if image.dim() != 3 or image.shape[0] != 3:
@@ -97,19 +91,16 @@ def random_blur(view):
     """Gaussian blur with sigma ~ U(0.1, 2) pixels: along the columns, then along the rows."""
     sigma = torch.empty(()).uniform_(0.1, 2.0).item()
     taps = 2 * math.ceil(3 * sigma) + 1
-    view = v2.functional.gaussian_blur(view, [1, taps], [sigma, sigma])
-    return v2.functional.gaussian_blur(view, [taps, 1], [sigma, sigma])
+    return v2.functional.gaussian_blur(v2.functional.gaussian_blur(view, [1, taps], sigma), [taps, 1], sigma)
 
 
 # ------------------------------------ Eq. 1: positive pairs ------------------------------------
 def positive_pairs(box_1, box_2, size, threshold=0.7):
     """Eq. 1: A(i, j) = 1 if dist(i, j) <= T, else 0.
 
-    dist is the distance in the image between the centres of the bins i and j, divided by the diagonal of a bin; of
-    the larger bin where the views differ.
-    box_1, box_2: [N, 4] = (x0, y0, x1, y1) in any unit of length, x0 > x1 for a mirrored view.
-    size: (H, W) of the map. Returns bool [N, HW, HW]: row i of view 1, column j of view 2.
-    Raises ValueError for boxes of another shape, an empty map, threshold < 0.
+    dist: between the centres of the bins i and j in the image, divided by the diagonal of a bin, the larger of the two.
+    box_1, box_2: [N, 4] = (x0, y0, x1, y1) in any unit of length, x0 > x1 for a mirrored view. size: (H, W) of the map.
+    Returns bool [N, HW, HW]: row i of view 1, column j of view 2. Raises ValueError for other boxes, no map, T < 0.
     """
     if box_1.shape != box_2.shape or box_1.dim() != 2 or box_1.shape[1] != 4:
         raise ValueError(f"expected two boxes [N, 4], found {list(box_1.shape)} and {list(box_2.shape)}")
@@ -138,7 +129,6 @@ def pixcontrast_loss(x, x_prime, positives, temperature=0.3):
     """Eq. 2, from one view to the other:
 
     L_Pix(i) = -log [ sum_{j in P} e^(cos(x_i, x'_j) / tau) / sum_j e^(cos(x_i, x'_j) / tau) ]
-
     j: the pixels of the other view, P: those that Eq. 1 makes positive for i, the others being its negatives. Mean
     over the pixels i that have a positive, then over the images that have such pixels; 0 if none has.
     x, x_prime: [N, C, H, W], no gradient into x_prime; positives: bool [N, HW, HW]. Returns a scalar >= 0.
@@ -175,11 +165,11 @@ def check_maps(x, x_prime, positives):
     """ValueError or TypeError unless x and x_prime are maps [N, C, H, W] and positives is bool [N, HW, HW]."""
     if x.dim() != 4 or x_prime.dim() != 4 or x.shape[:2] != x_prime.shape[:2]:
         raise ValueError(f"expected two maps [N, C, H, W], found {list(x.shape)} and {list(x_prime.shape)}")
-    if positives.dtype != torch.bool:
-        raise TypeError(f"expected positives of torch.bool, found {positives.dtype}")
     pairs = [len(x), x.shape[2:].numel(), x_prime.shape[2:].numel()]
     if list(positives.shape) != pairs:
         raise ValueError(f"expected positives {pairs} for these maps, found {list(positives.shape)}")
+    if positives.dtype != torch.bool:
+        raise TypeError(f"expected positives of torch.bool, found {positives.dtype}")
 
 
 # ------------------------------------ Eq. 3 and 4: propagation ------------------------------------
@@ -208,8 +198,7 @@ class PixelPropagation(nn.Module):
         if x.dim() != 4 or x.shape[1] != self.dim:
             raise ValueError(f"expected a map [N, {self.dim}, H, W], found {list(x.shape)}")
         g = self.transform(x) if g is None else g  # [N, dim, H, W]
-        cosine = pixel_cosine(x, x)  # [N, HW, HW]
-        s = F.relu(cosine).pow(self.gamma)  # Eq. 4; relu also cuts off the infinite slope of a root at 0
+        s = F.relu(pixel_cosine(x, x)).pow(self.gamma)  # Eq. 4, [N, HW, HW]; relu also stops a root's slope at 0
         g = F.normalize(g.flatten(2), dim=1)  # [N, dim, H, W] -> [N, dim, HW]
         y = g @ s.to(g.dtype)  # Eq. 3, s being symmetric: [N, dim, HW] @ [N, HW, HW] -> [N, dim, HW]
         return y.unflatten(2, x.shape[2:])  # [N, dim, HW] -> [N, dim, H, W]
@@ -274,12 +263,8 @@ def check_name(kind, name, names):
 
 def projection_head(in_channels, hidden, out):
     """1x1 convolution, BatchNorm, ReLU, 1x1 convolution (Sec. 3.1): [N, in_channels, H, W] -> [N, out, H, W]."""
-    return nn.Sequential(
-        nn.Conv2d(in_channels, hidden, 1),
-        nn.BatchNorm2d(hidden),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(hidden, out, 1),
-    )
+    first, last = nn.Conv2d(in_channels, hidden, 1), nn.Conv2d(hidden, out, 1)
+    return nn.Sequential(first, nn.BatchNorm2d(hidden), nn.ReLU(inplace=True), last)
 
 
 # ------------------------------------ Momentum encoder, PixPro ------------------------------------
@@ -312,9 +297,8 @@ class PixPro(nn.Module):
             optimizer.step()
 
     backbone: an nn.Module with `out_channels` that returns a map [N, out_channels, H, W], or a dict of them from fine
-    to coarse: then the loss is the mean over the maps, with the same heads, PPM and T (Sec. 3.3; its code was never
-    released), and the instance-level loss reads the coarsest.
-    objective: "pixpro" (Eq. 5) or "pixcontrast" (Eq. 2; no PPM is built). instance_weight: alpha of Eq. 6.
+    to coarse: then the loss is the mean over the maps, with the same heads, PPM and T (Sec. 3.3), and the
+    instance-level loss reads the coarsest. objective: "pixpro" (Eq. 5) or "pixcontrast" (Eq. 2; no PPM is built).
     Raises ValueError for unknown names, values out of range, and views and boxes whose shapes do not fit.
     """
 
@@ -344,55 +328,43 @@ class PixPro(nn.Module):
         """Momentum parameters become m * themselves + (1 - m) * the online ones; BatchNorm's buffers stay."""
         if not 0 <= m <= 1:
             raise ValueError(f"expected m in [0, 1], found {m}")
-        names = ["backbone", "projector"] + ["instance_projector"] * (self.instance_weight > 0)
-        online = [p for name in names for p in getattr(self, name).parameters()]
-        momentum = [p for name in names for p in getattr(self, f"momentum_{name}").parameters()]
-        torch._foreach_lerp_(momentum, online, weight=1 - m)
+        weights = dict(self.named_parameters())
+        momentum = {name.removeprefix("momentum_"): p for name, p in weights.items() if name.startswith("momentum_")}
+        torch._foreach_lerp_(list(momentum.values()), [weights[name] for name in momentum], weight=1 - m)
 
     def forward(self, view_1, view_2, box_1, box_2):
         """view_1, view_2: [N, 3, h, w]; box_1, box_2: [N, 4], as from TwoViews. Returns an Output."""
-        if view_1.dim() != 4 or view_1.shape != view_2.shape:
-            raise ValueError(f"expected two views [N, 3, h, w], found {list(view_1.shape)} and {list(view_2.shape)}")
-        if len(box_1) != len(view_1):
-            raise ValueError(f"expected a box for each of {len(view_1)} images, found {len(box_1)} boxes")
+        if view_1.dim() != 4 or view_1.shape != view_2.shape or len(box_1) != len(view_1):
+            found = f"{list(view_1.shape)}, {list(view_2.shape)} and {len(box_1)} boxes"
+            raise ValueError(f"expected two views [N, 3, h, w] and N boxes, found {found}")
         maps = [self.backbone(view_1), self.backbone(view_2)]  # each [N, out_channels, H, W], or a dict of them
         with torch.no_grad():
             maps += [self.momentum_backbone(view_1), self.momentum_backbone(view_2)]
         levels = list(zip(*(m.values() for m in maps))) if isinstance(maps[0], dict) else [maps]  # fine to coarse
-        outputs = [self.pixel_level(*level, box_1, box_2) for level in levels]
-        loss, *figures = torch.stack(outputs).mean(0)  # [levels, 4] -> 4 scalars
+        loss, *figures = torch.stack([self.pixel_level(*level, box_1, box_2) for level in levels]).mean(0)  # [4]
         if self.instance_weight > 0:
             loss = loss + self.instance_weight * self.instance_level(*levels[-1])  # Eq. 6
         return Output(loss, *(figure.detach() for figure in figures))
 
     def pixel_level(self, map_1, map_2, map_prime_1, map_prime_2, box_1, box_2):
-        """The fields of Output for one level, from both encoders' maps [N, out_channels, H, W] of both views: [4]."""
-        x_1, x_2 = self.projector(map_1), self.projector(map_2)  # [N, dim, H, W]
-        with torch.no_grad():
-            x_prime_1 = self.momentum_projector(map_prime_1)  # [N, dim, H, W]
-            x_prime_2 = self.momentum_projector(map_prime_2)
-        both = self.one_way(x_1, x_prime_2, box_1, box_2) + self.one_way(x_2, x_prime_1, box_2, box_1)
-        return torch.cat([both[:1], both[1:] / 2])  # the sum of the losses, the mean of the figures
+        """The fields of Output for one level, from both encoders' maps [N, out_channels, H, W] of both views: [4].
 
-    def one_way(self, x, x_prime, box, box_prime):
-        """The fields of Output from x to x_prime, [N, dim, H, W] each: [4].
-
-        Each image stands by itself in the equations: large maps are worked through a few images at a time, and their
-        [HW, HW] matrices are computed again in the backward pass instead of kept.
+        Both directions are one batch of 2N. The equations are per image: large maps are worked through a few at a
+        time, and their [HW, HW] matrices are computed again in the backward pass instead of kept.
         """
-        g = x if self.propagation is None else self.propagation.transform(x)  # BatchNorm sees the whole batch
-        at_once = max(1, self.pairs_at_once // x.shape[2:].numel() ** 2)  # images
-        pieces = list(zip(*(tensor.split(at_once) for tensor in (x, g, x_prime, box, box_prime))))
-        if len(pieces) == 1:
-            sums = self.piece(*pieces[0])
-        else:
-            sums = sum(checkpoint(self.piece, *piece, use_reentrant=False) for piece in pieces)
-        loss, similarity, positives, matched = sums
-        unit = F.normalize(x.detach().float(), dim=1)  # [N, dim, H, W]
-        variance = unit.square().mean((0, 2, 3)) - unit.mean((0, 2, 3)).square()  # [dim]; var() is slow on CPUs
-        spread = variance.clamp(min=0).sqrt().mean() * math.sqrt(len(variance))
-        matched = matched.clamp(min=1)
-        return torch.stack([loss / matched, similarity / matched, positives / len(x), spread])
+        x_1, x_2 = self.projector(map_1), self.projector(map_2)  # [N, dim, H, W]
+        x_prime_1, x_prime_2 = self.momentum_projector(map_prime_1), self.momentum_projector(map_prime_2)  # no gradient
+        g = nn.Identity() if self.propagation is None else self.propagation.transform  # its BatchNorm sees whole views
+        pairs = (x_1, x_2), (g(x_1), g(x_2)), (x_prime_2, x_prime_1), (box_1, box_2), (box_2, box_1)
+        batch = [torch.cat(pair) for pair in pairs]  # of [N, ...] -> [2N, ...]
+        at_once = max(1, self.pairs_at_once // x_1.shape[2:].numel() ** 2)  # images
+        pieces = list(zip(*(tensor.split(at_once) for tensor in batch)))
+        sums = [checkpoint(self.piece, *p, use_reentrant=False) if len(pieces) > 1 else self.piece(*p) for p in pieces]
+        loss, similarity, positives, matched = sum(sums)
+        unit = F.normalize(batch[0].detach().float(), dim=1).transpose(0, 1).flatten(1)  # -> [dim, 2N * H * W]
+        spread = unit.std(1, correction=0).mean() * math.sqrt(len(unit))
+        matched = matched.clamp(min=1)  # half of them in either direction, as Eq. 1 is symmetric
+        return torch.stack([2 * loss / matched, similarity / matched, positives / len(batch[0]), spread])
 
     def piece(self, x, g, x_prime, box, box_prime):
         """Sums over some images: of loss and similarity, of positive pairs, and of images that have any; [4]."""
@@ -402,15 +374,46 @@ class PixPro(nn.Module):
             loss = pixcontrast_loss(x, x_prime, A, self.temperature)
         else:
             loss = consistency_loss(self.propagation(x, g), x_prime, A)
-        with torch.no_grad():
-            similarity = -consistency_loss(x, x_prime, A)
+        similarity = -consistency_loss(x.detach(), x_prime, A)
         return torch.stack([loss * matched, similarity * matched, A.sum(), matched])
 
     def instance_level(self, map_1, map_2, map_prime_1, map_prime_2):
-        """L_inst of Eq. 6 in both directions, from maps of both encoders; pooled after the 1x1 convolutions."""
-        p_1 = self.instance_predictor(self.instance_projector(map_1)).mean((2, 3))  # [N, dim, H, W] -> [N, dim]
-        p_2 = self.instance_predictor(self.instance_projector(map_2)).mean((2, 3))
-        with torch.no_grad():
-            z_prime_1 = self.momentum_instance_projector(map_prime_1).mean((2, 3))  # [N, dim, H, W] -> [N, dim]
-            z_prime_2 = self.momentum_instance_projector(map_prime_2).mean((2, 3))
+        """L_inst of Eq. 6 in both directions, from maps of both encoders; pooled to [N, dim] after the convolutions."""
+        p_1, p_2 = (self.instance_predictor(self.instance_projector(m)).mean((2, 3)) for m in (map_1, map_2))
+        z_prime_1, z_prime_2 = (self.momentum_instance_projector(m).mean((2, 3)) for m in (map_prime_1, map_prime_2))
         return instance_loss(p_1, z_prime_2) + instance_loss(p_2, z_prime_1)
+
+
+# ------------------------------------ The authors' weights ------------------------------------
+PARTS = {"encoder": "backbone.body", "projector": "projector", "value_transform": "propagation.transform",
+         "projector_instance": "instance_projector", "predictor": "instance_predictor"}  # their names: ours
+LAYERS = {"linear1": "0", "bn1": "1", "linear2": "3"}  # of every part but the encoder
+
+
+def load_authors_checkpoint(model, path):
+    """Fills a PixPro from a file of the authors' code; returns the names that were left out: those of the instance
+    branch, where the model has none. Raises ValueError, with the keywords that the file asks for, if any other name or
+    shape differs; the model is then as it was.
+    """
+    with torch.serialization.safe_globals([argparse.Namespace]):  # "opt", their command line
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if "model" not in checkpoint:
+        raise ValueError(f"expected a checkpoint of the authors' code, with an entry 'model', found {path}")
+    ours = {}  # their name: ours
+    for name in checkpoint["model"]:
+        part, *layers, kind = name.removeprefix("module.").split(".")
+        if not part.startswith("encoder"):
+            layers = [LAYERS.get(layer, layer) for layer in layers or ["linear1"]]  # a single convolution has no name
+        part = "momentum_" * part.endswith("_k") + PARTS.get(part.removesuffix("_k"), part)
+        ours[name] = ".".join([part, *layers, kind])
+    left_out = [name for name in ours if "instance" in ours[name] and model.instance_weight == 0]
+    weights = {ours[name]: weight for name, weight in checkpoint["model"].items() if name not in left_out}
+    expected, found = ({(name, *w.shape) for name, w in s.items()} for s in (model.state_dict(), weights))
+    if expected != found:
+        hidden_dim, dim = len(weights["projector.0.weight"]), len(weights["projector.3.weight"])
+        num_layers = sum(w.dim() == 4 for name, w in weights.items() if name.startswith("propagation"))
+        arch = getattr(checkpoint.get("opt"), "arch", "?")
+        fitting = f"PixPro(Backbone({arch!r}), {dim=}, {hidden_dim=}, {num_layers=})"
+        raise ValueError(f"expected {fitting} for {path}, found a model that differs in {min(expected ^ found)}")
+    model.load_state_dict(weights)
+    return left_out

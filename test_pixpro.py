@@ -5,6 +5,7 @@ For each equation: a case computed by hand, an independent slow version in loops
 the authors' numbers: what github.com/zdaxie/PixPro, commit e390d6b, computes in float32 on a CPU from wave() below.
 """
 
+import argparse
 import ast
 import copy
 import inspect
@@ -35,6 +36,7 @@ from pixpro import (
     TwoViews,
     consistency_loss,
     instance_loss,
+    load_authors_checkpoint,
     momentum_at,
     pixcontrast_loss,
     positive_pairs,
@@ -802,10 +804,11 @@ def test_momentum_path_never_calls_online_modules(plain_equations):
     model = small_pixpro(instance_weight=1.0)
     calls = {name: [] for name, _ in model.named_children()}
     for name, module in model.named_children():
-        module.register_forward_hook(lambda *_, name=name: calls[name].append(torch.is_grad_enabled()))
+        module.register_forward_hook(lambda _, inputs, out, name=name: calls[name].append(out.requires_grad))
     model(*small_batch())
-    for name, enabled in calls.items():
-        assert enabled == [not name.startswith("momentum")] * 2, name  # both views; gradient for online modules alone
+    for name, gradients in calls.items():
+        times = 1 if name == "propagation" else 2  # both views at once or one by one; gradient for online modules alone
+        assert gradients == [not name.startswith("momentum")] * times, name
 
 
 def test_momentum_receives_no_gradient(plain_equations):
@@ -1504,9 +1507,8 @@ def test_whole_figures_are_what_they_say():
     forth = slow_consistency(x[0], x_prime[1], A)
     back = slow_consistency(x[1], x_prime[0], A.transpose(1, 2))
     assert output.similarity.item() == pytest.approx(-(forth + back) / 2, abs=1e-5)
-    units = [[p.numpy() / math.sqrt(float(p @ p)) for image in one for p in slow_pixels(image)] for one in x]
-    spreads = [np.stack(unit).std(0).mean() * math.sqrt(6) for unit in units]
-    assert output.spread.item() == pytest.approx(np.mean(spreads), abs=1e-5)
+    units = [p.numpy() / math.sqrt(float(p @ p)) for image in torch.cat(x) for p in slow_pixels(image)]
+    assert output.spread.item() == pytest.approx(np.stack(units).std(0).mean() * math.sqrt(6), abs=1e-5)
     assert not any(figure.requires_grad for figure in output[1:]) and all(value.dim() == 0 for value in output)
 
 
@@ -1622,7 +1624,7 @@ def test_whole_large_maps_in_pieces(objective, overlap, monkeypatch):
         output = model(view_1, view_2, box_1, box_2)
         output.loss.backward()
         results.append((output, [p.grad for p in model.parameters() if p.requires_grad]))
-    assert pieces[:8] == [5, 5] + [2, 2, 1] * 2 and len(pieces) == 14  # the last six are computed again
+    assert pieces[:6] == [10] + [2] * 5 and len(pieces) == 11  # five images in both directions; five are computed again
     (whole, gradients), (in_pieces, gradients_in_pieces) = results
     assert torch.allclose(torch.stack(whole), torch.stack(in_pieces), atol=1e-6)
     for a, b in zip(gradients, gradients_in_pieces):
@@ -1645,9 +1647,9 @@ def test_whole_refuses_what_does_not_fit():
         ValueError, match="instance_weight and threshold >= 0 and temperature > 0, found -1, 0.7 and 0.3"
     ):
         small_pixpro(instance_weight=-1)
-    with pytest.raises(ValueError, match=r"two views .* found \[4, 3, 12, 16\] and \[4, 3, 12, 15\]"):
+    with pytest.raises(ValueError, match=r"two views .* found \[4, 3, 12, 16\], \[4, 3, 12, 15\] and 4 boxes"):
         model(view_1, view_2[..., 1:], box_1, box_2)
-    with pytest.raises(ValueError, match="a box for each of 4 images, found 1"):
+    with pytest.raises(ValueError, match="N boxes, found .* 1 boxes"):
         model(view_1, view_2, box_1[:1], box_2[:1])  # one crop pair for a whole batch
 
 
@@ -1774,6 +1776,138 @@ def test_files_stay_small_and_import_little():
         modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
         assert {module.split(".")[0] for module in modules} <= allowed | extra
         assert len(source.splitlines()) <= 420
+
+
+# ------------------------------------ The authors' weights ------------------------------------
+class AuthorsHead(nn.Module):
+    """Two 1x1 convolutions under the names of the authors' code."""
+
+    def __init__(self, in_channels, hidden, out):
+        super().__init__()
+        self.linear1 = nn.Conv2d(in_channels, hidden, 1)
+        self.bn1 = nn.BatchNorm2d(hidden)
+        self.linear2 = nn.Conv2d(hidden, out, 1)
+
+    def forward(self, x):
+        return self.linear2(F.relu(self.bn1(self.linear1(x))))
+
+
+def authors_networks(num_layers=1, instance=True, arch="resnet18", hidden=24, dim=16):
+    """The parts of the authors' model, in their order, every weight and buffer random."""
+    torch.manual_seed(0)
+    parts = {}
+    for suffix in ("", "_k"):
+        parts["encoder" + suffix] = torchvision.models.get_model(arch, weights=None)
+        channels = parts["encoder" + suffix].fc.in_features
+        parts["encoder" + suffix].fc = nn.Identity()
+        parts["projector" + suffix] = AuthorsHead(channels, hidden, dim)
+    value_transforms = [nn.Identity(), nn.Conv2d(dim, dim, 1), AuthorsHead(dim, dim, dim)]
+    parts["value_transform"] = value_transforms[num_layers]
+    if instance:
+        parts["projector_instance"] = AuthorsHead(channels, hidden, dim)
+        parts["projector_instance_k"] = AuthorsHead(channels, hidden, dim)
+        parts["predictor"] = AuthorsHead(dim, hidden, dim)
+    networks = nn.ModuleDict(parts).eval()
+    for tensor in [*networks.parameters(), *networks.buffers()]:
+        if tensor.is_floating_point():
+            tensor.data = tensor.data + 0.1 * torch.rand_like(tensor)  # variances stay positive
+    return networks
+
+
+def authors_file(path, networks, **changes):
+    weights = {f"module.{name}": weight for name, weight in networks.state_dict().items()}
+    rest = {"optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}, "scheduler": {"last_epoch": 5}, "epoch": 1}
+    opt = argparse.Namespace(arch="resnet18", pixpro_p=2.0, batch_size=128)
+    torch.save({"opt": opt, "model": weights | changes, "amp": {"loss_scaler0": {"loss_scale": 1.0}}} | rest, path)
+    return path
+
+
+@pytest.mark.parametrize("num_layers", [0, 1, 2])
+def test_checkpoint_fills_every_weight(tmp_path, num_layers):
+    authors = authors_networks(num_layers)
+    path = authors_file(tmp_path / "ckpt_epoch_1.pth", authors)
+    model = PixPro(Backbone("resnet18"), dim=16, hidden_dim=24, num_layers=num_layers, instance_weight=1.0).eval()
+    assert load_authors_checkpoint(model, path) == []
+    image = torch.rand(2, 3, 64, 64)
+
+    def encode(name):
+        stages = list(authors[name].children())[:8]  # without pooling and classifier
+        return nn.Sequential(*stages)(image)
+
+    with torch.no_grad():
+        map, map_k = encode("encoder"), encode("encoder_k")
+        x = model.projector(model.backbone(image))
+        assert torch.allclose(x, authors["projector"](map), atol=1e-5)
+        assert torch.allclose(
+            model.momentum_projector(model.momentum_backbone(image)), authors["projector_k"](map_k), atol=1e-5
+        )
+        assert torch.allclose(model.propagation.transform(x), authors["value_transform"](x), atol=1e-5)
+        z = authors["projector_instance"](map)
+        assert torch.allclose(model.instance_projector(map), z, atol=1e-5)
+        assert torch.allclose(model.instance_predictor(z), authors["predictor"](z), atol=1e-5)
+        z_k = authors["projector_instance_k"](map_k)
+        assert torch.allclose(model.momentum_instance_projector(map_k), z_k, atol=1e-5)
+    ours = torch.cat([value.flatten().double() for value in model.state_dict().values()])
+    theirs = torch.cat([value.flatten().double() for value in authors.state_dict().values()])
+    assert torch.equal(ours.sort().values, theirs.sort().values)  # every number of theirs, and none besides
+
+
+def test_checkpoint_leaves_out_the_instance_branch_of_a_model_without(tmp_path):
+    authors = authors_networks()
+    model = PixPro(Backbone("resnet18"), dim=16, hidden_dim=24)
+    left_out = load_authors_checkpoint(model, authors_file(tmp_path / "authors.pth", authors))
+    branch = ("projector_instance.", "projector_instance_k.", "predictor.")
+    assert left_out == [f"module.{name}" for name in authors.state_dict() if name.startswith(branch)]
+    assert len(left_out) == 27
+    path = authors_file(tmp_path / "authors.pth", authors_networks(instance=False))
+    assert load_authors_checkpoint(model, path) == []
+
+
+@pytest.mark.parametrize(
+    "keywords, differs",
+    [
+        ({"hidden_dim": 25}, "projector.0.bias"),
+        ({"dim": 17}, "projector.0.weight|momentum_projector.3|projector.3"),
+        ({"num_layers": 2}, "propagation.transform"),
+        ({"objective": "pixcontrast"}, "propagation.transform"),
+        ({"instance_weight": 1.0}, "instance"),
+        ({"arch": "resnet34"}, "backbone.body.layer"),
+        ({"layer": "layer3"}, "backbone.body.layer4"),
+    ],
+)
+def test_checkpoint_names_the_model_that_it_fits(tmp_path, keywords, differs):
+    path = authors_file(tmp_path / "authors.pth", authors_networks(instance=False))
+    backbone = Backbone(keywords.pop("arch", "resnet18"), keywords.pop("layer", "layer4"))
+    model = PixPro(backbone, **{"dim": 16, "hidden_dim": 24} | keywords)
+    before = copy.deepcopy(model.state_dict())
+    expected = r"expected PixPro\(Backbone\('resnet18'\), dim=16, hidden_dim=24, num_layers=1\) for .*authors.pth"
+    with pytest.raises(ValueError, match=expected) as error:
+        load_authors_checkpoint(model, path)
+    assert re.search(differs, str(error.value))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Harm:
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+def test_checkpoint_refuses_other_files(tmp_path):
+    authors = authors_networks(instance=False)
+    model = PixPro(Backbone("resnet18"), dim=16, hidden_dim=24)
+    surplus = authors_file(tmp_path / "authors.pth", authors, **{"module.decoder.weight": torch.zeros(3)})
+    with pytest.raises(ValueError, match=r"differs in \('decoder"):
+        load_authors_checkpoint(model, surplus)
+    missing = authors_file(tmp_path / "authors.pth", nn.ModuleDict({k: v for k, v in authors.items() if k != "encoder_k"}))
+    with pytest.raises(ValueError, match=r"differs in \('momentum_backbone.body"):
+        load_authors_checkpoint(model, missing)
+    torch.save(model.state_dict(), tmp_path / "ours.pt")
+    with pytest.raises(ValueError, match="with an entry 'model', found .*ours.pt"):
+        load_authors_checkpoint(model, tmp_path / "ours.pt")
+    torch.save({"model": {}, "opt": Harm()}, tmp_path / "harm.pth")
+    with pytest.raises(Exception, match="Weights only load failed"):
+        load_authors_checkpoint(model, tmp_path / "harm.pth")
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()  # the permission ends with the call
 
 
 # ------------------------------------ The README ------------------------------------
