@@ -9,6 +9,7 @@ continues a stopped run (on a CPU bit for bit), and workers and ranks change nei
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -20,11 +21,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
+from torchvision import models, ops
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 from torchvision.transforms import v2
 from torchvision.utils import save_image
 
-from pixpro import MEAN, STD, Backbone, Output, PixPro, TwoViews, momentum_at
+from pixpro import MEAN, STD, Backbone, Output, PixPro, TwoViews, check_name, momentum_at
 
 # ------------------------------------ Recipes ------------------------------------
 VALUES = {  # flag: (value in recipe demo, in recipe paper, meaning)
@@ -44,23 +46,38 @@ VALUES = {  # flag: (value in recipe demo, in recipe paper, meaning)
     "objective": ("pixpro", "pixpro", "pixpro (Eq. 5) or pixcontrast (Eq. 2)"),
     "temperature": (0.3, 0.3, "tau of Eq. 2"),
 }
-DEMO = {name: demo for name, (demo, _, _) in VALUES.items()}
-PAPER = {name: paper for name, (_, paper, _) in VALUES.items()}
+DEMO, PAPER = ({name: value[recipe] for name, value in VALUES.items()} for recipe in (0, 1))
 MODEL = ("hidden_dim", "gamma", "num_layers", "threshold", "instance_weight", "objective", "temperature")
 FREE = ("recipe", "data", "out", "workers", "device", "compile", "epochs", "warmup_epochs")  # may change on resuming
 CLASSES = ("sky", "cloud", "mountain", "meadow", "road", "water", "tree", "house")
 SCENES, PROBE_SCENES = 512, 256  # drawn for pre-training; for training the probe, and as many for its test
-RECORD_STEPS = 10  # steps from one record of metrics.jsonl to the next; checkpoints fall on them
-PRINT_SECONDS, SAVE_SECONDS = 5, 60
+RECORD_STEPS, PRINT_SECONDS, SAVE_SECONDS = 10, 5, 60  # between records, lines of the log, checkpoints (on records)
 LOW_SPREAD = 0.4  # healthy runs stay above, collapsed ones below
 
 
-# ------------------------------------ Optimizer and schedule ------------------------------------
-class LARS(torch.optim.SGD):
-    """SGD with momentum on gradients that are first decayed and scaled parameter by parameter (arXiv 1708.03888):
-    g <- g + weight_decay p;  g <- g trust_coefficient |p| / (|g| + eps), unscaled where a norm is 0. One-dimensional
-    parameters are neither decayed nor scaled. step() changes the gradients in place.
+# ------------------------------------ Head networks, optimizer, schedule ------------------------------------
+class Heads(models.detection.backbone_utils.BackboneWithFPN):
+    """A backbone with the head networks of Sec. 3.3: image [N, 3, h, w] -> maps [N, 256, H, W] of the levels P3 to P6.
+
+    A ResNet (`body`), the FPN of torchvision's FCOS (`fpn`), and the first three 3x3 convolutions of its head, the same
+    for all levels (`tower`). The paper's, but recalled in part and not verified: no code of it was released.
     """
+
+    def __init__(self, arch):
+        check_name("arch", arch, models.list_models(module=models, include="*resne*"))
+        network = models.get_model(arch, weights=None, zero_init_residual=True)
+        channels = [network.inplanes // 4, network.inplanes // 2, network.inplanes]
+        p6_p7 = ops.feature_pyramid_network.LastLevelP6P7(256, 256)
+        super().__init__(network, {"layer2": "0", "layer3": "1", "layer4": "2"}, channels, 256, p6_p7)
+        p6_p7.p7.requires_grad_(False)  # P7 is in no loss
+        self.tower = models.detection.fcos.FCOSClassificationHead(256, 1, 1, num_convs=3).conv
+
+    def forward(self, image):
+        return {name: self.tower(level) for name, level in super().forward(image).items() if name != "p7"}
+
+
+class LARS(torch.optim.SGD):
+    """SGD with momentum on gradients first decayed and scaled, in place; vectors excepted (arXiv 1708.03888)."""
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=1e-5, trust_coefficient=1e-3, eps=1e-8):
         super().__init__(params, lr=lr, momentum=momentum)
@@ -72,11 +89,11 @@ class LARS(torch.optim.SGD):
         params = [p for group in self.param_groups for p in group["params"] if p.dim() > 1 and p.grad is not None]
         if params:
             grads = [p.grad for p in params]
-            torch._foreach_add_(grads, params, alpha=self.decay)
+            torch._foreach_add_(grads, params, alpha=self.decay)  # g <- g + weight_decay p
             p_norm, g_norm = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(grads))
             scale = self.trust_coefficient * p_norm / (g_norm + self.eps)  # [parameters]
             scale = torch.where((p_norm > 0) & (g_norm > 0), scale, 1.0)
-            torch._foreach_mul_(grads, list(scale))
+            torch._foreach_mul_(grads, list(scale))  # g <- g trust_coefficient |p| / (|g| + eps), unless a norm is 0
         super().step()
         return loss
 
@@ -91,14 +108,12 @@ def lr_at(step, total_steps, warmup_steps, peak, floor=1e-6):
 
 # ------------------------------------ Data ------------------------------------
 class Scenes:
-    """Drawn landscapes: images uint8 [count, 3, size, size], masks [count, size, size] with indices into CLASSES.
-    Scene n is a function of (seed, n) and the size; n runs from `first` to first + count - 1.
-    """
+    """Drawn landscapes, from the one of number `first`; each is a function of (seed, number, size)."""
 
     def __init__(self, count, seed=0, first=0, size=144):
         images, masks = zip(*(draw_scene(seed, number, size) for number in range(first, first + count)))
         self.images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # [count, h, w, 3] -> [count, 3, h, w]
-        self.masks = torch.from_numpy(np.stack(masks))
+        self.masks = torch.from_numpy(np.stack(masks))  # [count, h, w], indices into CLASSES
 
 
 def draw_scene(seed, number, size):
@@ -106,55 +121,44 @@ def draw_scene(seed, number, size):
     rng = np.random.default_rng([seed, number])
     y, x = np.mgrid[:size, :size].astype(np.float32) / size  # y runs downward
     image, mask = np.zeros((size, size, 3), np.float32), np.zeros((size, size), np.int64)
+    smooth, rough, grain = (noise(rng, size, slope) for slope in (1.6, 1.1, 0.3))
+    relief = np.roll(rough, 2, 1) - rough  # lit from one side
 
     def paint(name, where, colour, shade):  # the colour varies from scene to scene, the shade from pixel to pixel
         colour = colour + rng.uniform(-0.12, 0.12, 3) + rng.uniform(-0.1, 0.1)
         image[where] = (colour * (1 + shade[where])[:, None]).clip(0.02, 1.2)  # [pixels, 3]
         mask[where] = CLASSES.index(name)
 
-    smooth, rough, grain, cloud = (noise(rng, size, slope) for slope in (1.6, 1.1, 0.3, 1.5))
     sky, horizon = rng.uniform((0.25, 0.4, 0.55), (0.65, 0.6, 0.85)), rng.uniform(0.35, 0.55)
+    depth = (y - horizon) / (1 - horizon)  # 0 at the horizon, 1 at our feet
     paint("sky", y < 2, sky, 0.9 * y / horizon)
-    paint("cloud", cloud > rng.uniform(0, 1.2) + 2 * y, (0.85, 0.85, 0.85), 0.3 * (np.roll(cloud, 5, 0) - cloud))
-    relief = np.roll(rough, rng.choice([-2, 2]), 1) + np.roll(rough, 1, 0) - 2 * rough  # light from one side
+    paint("cloud", smooth.T > rng.uniform(0, 1.2) + 2 * y, (0.85, 0.85, 0.85), 0.08 * rough)
     for air in (0.7, 0.2):  # two ranges, the farther one behind more air
         ridge = horizon - rng.uniform(0.02, 0.1) - 0.1 * air + 0.05 * smooth[rng.integers(size)]
         paint("mountain", y > ridge, 1.5 * air * sky + 0.4 * (1 - air), (0.2 - 0.1 * air) * relief)
-    ground, depth = y > horizon, ((y - horizon) / (1 - horizon)).clip(0.02, 1)  # 0 far away, 1 at our feet
-    paint("meadow", ground, (0.38, 0.48, 0.22), 0.1 * smooth + 0.25 * depth * noise(rng, size, 0.5, 2, 0.7))
-    if rng.random() < 0.7:
-        bank = depth + 0.06 * smooth + rng.uniform(-0.2, 0.2) * (x - 0.5) - rng.uniform(0.1, 0.6)
-        lake = ground & (np.abs(bank) < rng.uniform(0.05, 0.2))
-        paint("water", lake, 0.6 * sky + (0.1, 0.2, 0.25), 0.15 * noise(rng, size, 0.6, 0.25, 2.5))
-    if rng.random() < 0.75:
-        line = rng.uniform(0.2, 0.8) + rng.uniform(-0.6, 0.6) * depth + rng.uniform(-0.25, 0.25) * np.sin(4 * depth)
-        across = np.abs(x - line) / (0.02 + 0.2 * depth)
-        dashes = (across < 0.06) & (np.sin(12 / (depth + 0.12)) > 0)
-        paint("road", ground & (across < 1), (0.45, 0.43, 0.43), 0.06 * grain + 0.4 * dashes - 0.1 * (across > 0.85))
+    paint("meadow", depth > 0, (0.38, 0.48, 0.22), 0.1 * smooth + 0.3 * depth * grain)
+    bank = np.abs(depth + 0.06 * smooth - rng.uniform(0.1, 0.8))
+    paint("water", (depth > 0) & (bank < rng.uniform(0, 0.2)), 0.6 * sky + (0.1, 0.2, 0.25), 0.2 * relief.T)
+    line = rng.uniform(-0.2, 1.2) + rng.uniform(-0.6, 0.6) * depth + rng.uniform(-0.25, 0.25) * np.sin(4 * depth)
+    across = np.abs(x - line) / (0.02 + 0.2 * depth)
+    paint("road", (depth > 0) & (across < 1), (0.45, 0.43, 0.43), 0.06 * grain + 0.4 * (across < 0.06))
     for near in np.sort(rng.uniform(0.02, 0.8, rng.integers(5, 14))):  # the farthest first
         height, foot = 0.06 + 0.3 * near, horizon + near * (1 - horizon)
         u, v = np.abs(x - rng.random()) * rng.uniform(0.8, 1.3) / height, (foot - y) / height
-        draw_thing(rng.choice(["house", "conifer", "leaf tree"], p=[0.4, 0.3, 0.3]), paint, u, v, grain)
+        if rng.random() < 0.4:
+            panes = (np.abs(7 * u % 2 - 1) < 0.4) & (np.abs(v - 0.32) < 0.14)
+            paint("house", (u < 0.55) & (v > 0) & (v < 0.6), (0.72, 0.64, 0.55), 0.03 * grain - 0.5 * panes)
+            paint("house", (u < 1.43 - 1.3 * v) & (v >= 0.6), (0.5, 0.3, 0.25), 0.15 * np.sin(40 * v))
+        else:
+            paint("tree", (u < 0.06) & (v > 0) & (v < 0.6), (0.3, 0.22, 0.16), 0.2 * grain)
+            crown = np.hypot(u / 0.42, (v - 0.85) / 0.5) + 0.1 * grain < 1
+            paint("tree", crown, (0.25, 0.37, 0.18), 0.2 * grain + 0.4 * (v - 0.8))
     return (255 * (image * rng.uniform(0.7, 1.1, 3)).clip(0, 1)).astype(np.uint8), mask
 
 
-def draw_thing(kind, paint, u, v, grain):
-    """A house or a tree; u: distance from its axis, v: height above its foot, in heights of the thing."""
-    if kind == "house":
-        panes = (np.abs(7 * u % 2 - 1) < 0.4) & (np.abs(v - 0.32) < 0.14)
-        paint("house", (u < 0.55) & (v > 0) & (v < 0.6), (0.72, 0.64, 0.55), 0.03 * grain - 0.5 * panes)
-        paint("house", (u < 1.43 - 1.3 * v) & (v >= 0.6), (0.5, 0.3, 0.25), 0.15 * np.sin(40 * v))
-    else:
-        crown = np.hypot(u / 0.42, (v - 0.85) / 0.5) + 0.1 * grain < 1
-        if kind == "conifer":
-            crown = (u + 0.05 * grain < 0.36 * (1.5 - v) * (0.6 + 0.2 * (4 * v % 1 < 0.5))) & (v > 0.2)
-        paint("tree", (u < 0.06) & (v > 0) & (v < 0.6), (0.3, 0.22, 0.16), 0.2 * grain)
-        paint("tree", crown, (0.25, 0.37, 0.18), 0.2 * grain + 0.4 * (v - 0.8))
-
-
-def noise(rng, size, slope, fx=1.0, fy=1.0):
-    """A random field of deviation 1: the smoother the larger slope is, stretched by 1 / fx and 1 / fy."""
-    frequency = size * np.hypot(np.fft.fftfreq(size)[:, None] / fy, np.fft.rfftfreq(size) / fx)
+def noise(rng, size, slope):
+    """A random field [size, size] of deviation 1, the smoother the larger slope is."""
+    frequency = size * np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size))
     spectrum = np.fft.rfft2(rng.standard_normal((size, size))) / np.maximum(frequency, 1) ** slope
     field = np.fft.irfft2(spectrum, (size, size)).astype(np.float32)
     return field / field.std()
@@ -180,8 +184,7 @@ class Run:
     """A pre-training run: data, model and optimizer, and how far it is (`step`: steps that are done)."""
 
     def __init__(self, args):
-        self.args, self.out = args, args.out
-        self.device = torch.device(args.device)
+        self.args, self.out, self.device = args, args.out, torch.device(args.device)
         self.rank, self.ranks = 0, 1
         if "LOCAL_RANK" in os.environ:  # under torchrun
             if self.device.type == "cuda":
@@ -205,7 +208,8 @@ class Run:
         args.amp = auto_amp(self.device) if args.amp == "auto" else args.amp
         self.settings = {name: value for name, value in vars(args).items() if name not in FREE}
         torch.manual_seed(args.seed)
-        net = PixPro(Backbone(args.arch, args.layer), **{name: getattr(args, name) for name in MODEL})
+        self.initial = Heads(args.arch) if args.heads else Backbone(args.arch, args.layer)  # kept for comparison
+        net = PixPro(copy.deepcopy(self.initial), **{name: getattr(args, name) for name in MODEL})
         if self.ranks > 1 and self.device.type == "cuda":
             net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
         self.core = net.to(self.device, memory_format=torch.channels_last)
@@ -293,21 +297,18 @@ class Run:
 
     def finish(self):
         """Probe and picture, before and after training; backbone.pt comes last and marks the run as complete."""
-        args, trained = self.args, self.core.backbone
-        torch.manual_seed(args.seed)  # as in the beginning: the same initial weights
-        initial = Backbone(args.arch, args.layer).to(self.device)
+        args, initial, trained = self.args, self.initial.to(self.device), self.core.backbone
         if args.data:
             square = v2.Compose([v2.PILToTensor(), v2.Resize(2 * args.size), v2.CenterCrop(2 * args.size)])
             images = torch.stack([square(default_loader(path)) for path in self.images[:: args.images // 8 or 1][:8]])
         else:
-            scenes = Scenes(PROBE_SCENES, args.seed, first=SCENES)
-            held_out = Scenes(PROBE_SCENES, args.seed, first=SCENES + PROBE_SCENES)
+            scenes, held_out = (Scenes(PROBE_SCENES, args.seed, SCENES + n * PROBE_SCENES) for n in (0, 1))
             before, after = (linear_probe(backbone, scenes, held_out) for backbone in (initial, trained))
             print(f"linear probe, mIoU: random initialisation {before:.1f}, pre-trained {after:.1f}")
-            with open(self.out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"step": self.step, "probe_random": before, "probe_pretrained": after}) + "\n")
             images = v2.functional.resize(held_out.images[:8], [2 * args.size])
         save_picture(self.out / "features.png", images, initial, trained)
+        if args.heads:
+            self.save("heads.pt", trained.state_dict())
         self.save("backbone.pt", trained.body.state_dict())
 
     def save(self, name, state):
@@ -327,16 +328,15 @@ def auto_amp(device):
 # ------------------------------------ Probe and picture ------------------------------------
 @torch.no_grad()
 def frozen_features(backbone, images):
-    """Maps [N, C, H, W] of images uint8 [N, 3, h, w], in eval mode."""
+    """Maps [N, C, H, W] of images uint8 [N, 3, h, w], in eval mode; of several levels the finest."""
     views = v2.functional.normalize(images.to(next(backbone.parameters()).device) / 255, MEAN, STD)
     backbone.eval()
-    return torch.cat([backbone(batch) for batch in views.split(32)])
+    maps = [backbone(batch) for batch in views.split(32)]
+    return torch.cat([next(iter(map.values())) if isinstance(map, dict) else map for map in maps])
 
 
 def linear_probe(backbone, scenes, held_out):
-    """Mean IoU in percent, on held_out, of a 1x1 convolution on the frozen map that was trained on scenes: trained to
-    give the shares of the classes in each cell of the map (convex, by L-BFGS), tested at full resolution.
-    """
+    """Mean IoU in percent, on held_out, of a 1x1 convolution on the frozen map that was trained on scenes."""
     features, test = frozen_features(backbone, scenes.images), frozen_features(backbone, held_out.images)
     std, mean = torch.std_mean(features, (0, 2, 3), keepdim=True)  # [1, C, 1, 1]
     features, test = (features - mean) / (std + 1e-6), (test - mean) / (std + 1e-6)  # [N, C, H, W]
@@ -356,8 +356,7 @@ def linear_probe(backbone, scenes, held_out):
     logits = F.interpolate(probe(test), held_out.masks.shape[1:], mode="bilinear")  # [N, 8, H, W] -> [N, 8, h, w]
     pairs = len(CLASSES) * held_out.masks + logits.argmax(1).cpu()  # [N, h, w]: true class, predicted class
     confusion = pairs.flatten().bincount(minlength=len(CLASSES) ** 2).view(len(CLASSES), -1)  # [64] -> [8, 8]
-    iou = confusion.diag() / (confusion.sum(0) + confusion.sum(1) - confusion.diag())  # [8]
-    return 100 * iou.mean().item()
+    return 100 * (confusion.diag() / (confusion.sum(0) + confusion.sum(1) - confusion.diag())).mean().item()
 
 
 def save_picture(path, images, *backbones):
@@ -387,14 +386,14 @@ def parse(argv):
     add("--workers", type=int, default=min(8, os.cpu_count() // 2 or 1), help="data processes per rank (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ... (%(default)s)")
     add("--compile", action="store_true", help="run the model through torch.compile")
+    add("--heads", action="store_true", help="with --arch a ResNet: pre-train an FPN and a head's convolutions as well")
     for name, (demo, paper, text) in VALUES.items():
         add(f"--{name.replace('_', '-')}", type=type(demo), metavar="X", help=f"{text} (demo {demo}, paper {paper})")
     args = parser.parse_args(argv)
     args.recipe = args.recipe or ("paper" if args.data else "demo")
     args.out = args.out or Path("runs", args.recipe)
     recipe = DEMO if args.recipe == "demo" else PAPER
-    vars(args).update({name: value for name, value in recipe.items() if getattr(args, name) is None})
-    return parser, args
+    return parser, argparse.Namespace(**vars(args) | {k: v for k, v in recipe.items() if getattr(args, k) is None})
 
 
 def main(argv=None):
