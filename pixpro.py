@@ -349,22 +349,22 @@ class PixPro(nn.Module):
     def pixel_level(self, map_1, map_2, map_prime_1, map_prime_2, box_1, box_2):
         """The fields of Output for one level, from both encoders' maps [N, out_channels, H, W] of both views: [4].
 
-        Both directions are one batch of 2N. The equations are per image: large maps are worked through a few at a
-        time, and their [HW, HW] matrices are computed again in the backward pass instead of kept.
+        The equations are per image: large maps are worked through a few images at a time, and their [HW, HW] matrices
+        are computed again in the backward pass instead of kept.
         """
         x_1, x_2 = self.projector(map_1), self.projector(map_2)  # [N, dim, H, W]
         x_prime_1, x_prime_2 = self.momentum_projector(map_prime_1), self.momentum_projector(map_prime_2)  # no gradient
         g = nn.Identity() if self.propagation is None else self.propagation.transform  # its BatchNorm sees whole views
-        pairs = (x_1, x_2), (g(x_1), g(x_2)), (x_prime_2, x_prime_1), (box_1, box_2), (box_2, box_1)
-        batch = [torch.cat(pair) for pair in pairs]  # of [N, ...] -> [2N, ...]
+        ways = (x_1, g(x_1), x_prime_2, box_1, box_2), (x_2, g(x_2), x_prime_1, box_2, box_1)
         at_once = max(1, self.pairs_at_once // x_1.shape[2:].numel() ** 2)  # images
-        pieces = list(zip(*(tensor.split(at_once) for tensor in batch)))
-        sums = [checkpoint(self.piece, *p, use_reentrant=False) if len(pieces) > 1 else self.piece(*p) for p in pieces]
+        pieces = [piece for way in ways for piece in zip(*(tensor.split(at_once) for tensor in way))]
+        keep = at_once >= len(x_1)
+        sums = [self.piece(*piece) if keep else checkpoint(self.piece, *piece, use_reentrant=False) for piece in pieces]
         loss, similarity, positives, matched = sum(sums)
-        unit = F.normalize(batch[0].detach().float(), dim=1).transpose(0, 1).flatten(1)  # -> [dim, 2N * H * W]
-        spread = unit.std(1, correction=0).mean() * math.sqrt(len(unit))
+        units = (F.normalize(x.detach().float(), dim=1).transpose(0, 1).flatten(1) for x in (x_1, x_2))  # [dim, NHW]
+        spread = sum(unit.std(1, correction=0) for unit in units).mean() / 2 * math.sqrt(x_1.shape[1])
         matched = matched.clamp(min=1)  # half of them in either direction, as Eq. 1 is symmetric
-        return torch.stack([2 * loss / matched, similarity / matched, positives / len(batch[0]), spread])
+        return torch.stack([2 * loss / matched, similarity / matched, positives / (2 * len(x_1)), spread])
 
     def piece(self, x, g, x_prime, box, box_prime):
         """Sums over some images: of loss and similarity, of positive pairs, and of images that have any; [4]."""
