@@ -347,24 +347,25 @@ class PixPro(nn.Module):
         return Output(loss, *(figure.detach() for figure in figures))
 
     def pixel_level(self, map_1, map_2, map_prime_1, map_prime_2, box_1, box_2):
-        """The fields of Output for one level, from both encoders' maps [N, out_channels, H, W] of both views: [4].
-
-        The equations are per image: large maps are worked through a few images at a time, and their [HW, HW] matrices
-        are computed again in the backward pass instead of kept.
-        """
+        """The fields of Output for one level, from both encoders' maps [N, out_channels, H, W] of both views: [4]."""
         x_1, x_2 = self.projector(map_1), self.projector(map_2)  # [N, dim, H, W]
         x_prime_1, x_prime_2 = self.momentum_projector(map_prime_1), self.momentum_projector(map_prime_2)  # no gradient
-        g = nn.Identity() if self.propagation is None else self.propagation.transform  # its BatchNorm sees whole views
-        ways = (x_1, g(x_1), x_prime_2, box_1, box_2), (x_2, g(x_2), x_prime_1, box_2, box_1)
-        at_once = max(1, self.pairs_at_once // x_1.shape[2:].numel() ** 2)  # images
-        pieces = [piece for way in ways for piece in zip(*(tensor.split(at_once) for tensor in way))]
-        keep = at_once >= len(x_1)
-        sums = [self.piece(*piece) if keep else checkpoint(self.piece, *piece, use_reentrant=False) for piece in pieces]
+        both = self.one_way(x_1, x_prime_2, box_1, box_2) + self.one_way(x_2, x_prime_1, box_2, box_1)
+        return torch.cat([both[:1], both[1:] / 2])  # the sum of the losses, the mean of the figures
+
+    def one_way(self, x, x_prime, box, box_prime):
+        """The fields of Output from x to x_prime, [N, dim, H, W] each: [4]. The equations are per image: large maps are
+        worked through a few images at a time, and their [HW, HW] matrices computed again in the backward pass.
+        """
+        g = x if self.propagation is None else self.propagation.transform(x)  # its BatchNorm sees the whole batch
+        at_once = max(1, self.pairs_at_once // x.shape[2:].numel() ** 2)  # images
+        pieces = list(zip(*(tensor.split(at_once) for tensor in (x, g, x_prime, box, box_prime))))
+        sums = [self.piece(*p) if len(pieces) == 1 else checkpoint(self.piece, *p, use_reentrant=False) for p in pieces]
         loss, similarity, positives, matched = sum(sums)
-        units = (F.normalize(x.detach().float(), dim=1).transpose(0, 1).flatten(1) for x in (x_1, x_2))  # [dim, NHW]
-        spread = sum(unit.std(1, correction=0) for unit in units).mean() / 2 * math.sqrt(x_1.shape[1])
-        matched = matched.clamp(min=1)  # half of them in either direction, as Eq. 1 is symmetric
-        return torch.stack([2 * loss / matched, similarity / matched, positives / (2 * len(x_1)), spread])
+        unit = F.normalize(x.detach().float(), dim=1).transpose(0, 1).flatten(1)  # [N, dim, H, W] -> [dim, N * H * W]
+        spread = unit.std(1, correction=0).mean() * math.sqrt(len(unit))
+        matched = matched.clamp(min=1)
+        return torch.stack([loss / matched, similarity / matched, positives / len(x), spread])
 
     def piece(self, x, g, x_prime, box, box_prime):
         """Sums over some images: of loss and similarity, of positive pairs, and of images that have any; [4]."""
@@ -396,24 +397,23 @@ def load_authors_checkpoint(model, path):
     shape differs; the model is then as it was.
     """
     with torch.serialization.safe_globals([argparse.Namespace]):  # "opt", their command line
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if "model" not in checkpoint:
-        raise ValueError(f"expected a checkpoint of the authors' code, with an entry 'model', found {path}")
-    ours = {}  # their name: ours
-    for name in checkpoint["model"]:
-        part, *layers, kind = name.removeprefix("module.").split(".")
+        file = torch.load(path, map_location="cpu", weights_only=True)
+    ours, theirs = {}, file.get("model", {}) if isinstance(file, dict) else {}  # their name: ours; their name: weight
+    for name in theirs:
+        part, *rest = name.removeprefix("module.").split(".")
         if not part.startswith("encoder"):
-            layers = [LAYERS.get(layer, layer) for layer in layers or ["linear1"]]  # a single convolution has no name
-        part = "momentum_" * part.endswith("_k") + PARTS.get(part.removesuffix("_k"), part)
-        ours[name] = ".".join([part, *layers, kind])
+            rest = [LAYERS.get(layer, layer) for layer in rest[:-1] or ["linear1"]] + rest[-1:]  # one layer has no name
+        part = ("momentum_" if part.endswith("_k") else "") + PARTS.get(part.removesuffix("_k"), part)
+        ours[name] = ".".join([part, *rest])
     left_out = [name for name in ours if "instance" in ours[name] and model.instance_weight == 0]
-    weights = {ours[name]: weight for name, weight in checkpoint["model"].items() if name not in left_out}
+    weights = {ours[name]: weight for name, weight in theirs.items() if name not in left_out}
+    if not {"projector.0.weight", "projector.3.weight"} <= weights.keys():
+        raise ValueError(f"expected a checkpoint of the authors' code, with an entry 'model', found {path}")
     expected, found = ({(name, *w.shape) for name, w in s.items()} for s in (model.state_dict(), weights))
     if expected != found:
         hidden_dim, dim = len(weights["projector.0.weight"]), len(weights["projector.3.weight"])
         num_layers = sum(w.dim() == 4 for name, w in weights.items() if name.startswith("propagation"))
-        arch = getattr(checkpoint.get("opt"), "arch", "?")
-        fitting = f"PixPro(Backbone({arch!r}), {dim=}, {hidden_dim=}, {num_layers=})"
+        fitting = f"PixPro(Backbone({getattr(file.get('opt'), 'arch', '?')!r}), {dim=}, {hidden_dim=}, {num_layers=})"
         raise ValueError(f"expected {fitting} for {path}, found a model that differs in {min(expected ^ found)}")
     model.load_state_dict(weights)
     return left_out

@@ -1831,7 +1831,7 @@ def test_heads_load_into_the_detectors_of_torchvision():
         assert p.isfinite().all() and p.grad.abs().sum() > 0
 
 
-def test_heads_share_everything_between_four_levels():
+def test_whole_heads_share_everything_between_four_levels():
     torch.manual_seed(0)
     heads = train.Heads("resnet18")
     model = PixPro(heads, dim=6, hidden_dim=10, instance_weight=1.0)
@@ -1986,20 +1986,34 @@ class Harm:
         return os.system, ("true",)
 
 
+def test_checkpoint_names_what_the_file_asks_for(tmp_path):
+    """Other layers of g and other widths; without the prefix of data parallel training; without the command line."""
+    model = PixPro(Backbone("resnet18"), dim=16, hidden_dim=24)
+    for num_layers, hidden, dim in ((0, 24, 16), (2, 20, 12)):
+        path = authors_file(tmp_path / "authors.pth", authors_networks(num_layers, False, hidden=hidden, dim=dim))
+        with pytest.raises(ValueError, match=f"dim={dim}, hidden_dim={hidden}, num_layers={num_layers}"):
+            load_authors_checkpoint(model, path)
+    bare = {"model": authors_networks(instance=False).state_dict()}
+    torch.save(bare, tmp_path / "bare.pth")
+    assert load_authors_checkpoint(model, tmp_path / "bare.pth") == []
+    with pytest.raises(ValueError, match=r"expected PixPro\(Backbone\('\?'\), dim=16"):
+        load_authors_checkpoint(PixPro(Backbone("resnet18"), dim=16, hidden_dim=25), tmp_path / "bare.pth")
+
+
 def test_checkpoint_refuses_other_files(tmp_path):
     authors = authors_networks(instance=False)
     model = PixPro(Backbone("resnet18"), dim=16, hidden_dim=24)
-    surplus = authors_file(tmp_path / "authors.pth", authors, **{"module.decoder.weight": torch.zeros(3)})
-    with pytest.raises(ValueError, match=r"differs in \('decoder"):
-        load_authors_checkpoint(model, surplus)
-    missing = authors_file(
-        tmp_path / "authors.pth", nn.ModuleDict({k: v for k, v in authors.items() if k != "encoder_k"})
-    )
+    for name, differs in (("module.decoder.weight", "decoder"), ("module.queue", "queue")):
+        surplus = authors_file(tmp_path / "authors.pth", authors, **{name: torch.zeros(3)})
+        with pytest.raises(ValueError, match=rf"differs in \('{differs}"):
+            load_authors_checkpoint(model, surplus)
+    rest = nn.ModuleDict({name: part for name, part in authors.items() if name != "encoder_k"})
     with pytest.raises(ValueError, match=r"differs in \('momentum_backbone.body"):
-        load_authors_checkpoint(model, missing)
-    torch.save(model.state_dict(), tmp_path / "ours.pt")
-    with pytest.raises(ValueError, match="with an entry 'model', found .*ours.pt"):
-        load_authors_checkpoint(model, tmp_path / "ours.pt")
+        load_authors_checkpoint(model, authors_file(tmp_path / "authors.pth", rest))
+    for other in (model.state_dict(), torch.zeros(3), {"model": {"cls_token": torch.zeros(3)}}):
+        torch.save(other, tmp_path / "other.pt")
+        with pytest.raises(ValueError, match="authors' code, with an entry 'model', found .*other.pt"):
+            load_authors_checkpoint(model, tmp_path / "other.pt")
     torch.save({"model": {}, "opt": Harm()}, tmp_path / "harm.pth")
     with pytest.raises(Exception, match="Weights only load failed"):
         load_authors_checkpoint(model, tmp_path / "harm.pth")
@@ -2058,3 +2072,45 @@ def test_readme_flags_exist():
     parser = train.parse([])[0]
     flags = {flag for action in parser._actions for flag in action.option_strings}
     assert set(re.findall(r"(?<![-|])--[a-z][a-z-]*", README)) - {"--nproc", "--tb"} <= flags
+
+
+# ------------------------------------ The notebook ------------------------------------
+NOTEBOOK = HERE / "tutorial.ipynb"
+INSTALL = "pip install matplotlib ipykernel nbclient"
+
+
+def test_notebook_runs_from_top_to_bottom(monkeypatch):
+    for package in INSTALL.split()[2:]:
+        pytest.importorskip(package, reason=f"the notebook needs `{INSTALL}`")
+    import nbclient
+    import nbformat
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    path = {"metadata": {"path": str(HERE)}}
+    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3", resources=path).execute()
+
+
+def test_notebook_is_saved_with_its_outputs():
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))  # from top to bottom
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert all(output["output_type"] in ("display_data", "stream") for output in outputs)  # no error
+    assert not any(output.get("name") == "stderr" for output in outputs)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 15
+    text = "".join("".join(output.get("text", "")) for output in outputs)
+    sources = "".join("".join(cell["source"]) for cell in cells)
+    assert not re.search(r"(?<![\w.])(/(home|root|tmp|work|usr|Users)/|[A-Z]:\\)", text + sources)
+
+
+def test_notebook_defines_nothing_again():
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+    tree = ast.parse("\n".join("".join(cell["source"]) for cell in cells))
+    defined = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    assigned = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    ours = {name for module in (pixpro, train) for name, value in vars(module).items() if callable(value)}
+    assert len(defined) > 10 and not (defined | assigned) & ours
+
+
+def test_readme_names_what_the_notebook_needs():
+    assert INSTALL in README and "(tutorial.ipynb)" in README

@@ -77,7 +77,9 @@ class Heads(models.detection.backbone_utils.BackboneWithFPN):
 
 
 class LARS(torch.optim.SGD):
-    """SGD with momentum on gradients first decayed and scaled, in place; vectors excepted (arXiv 1708.03888)."""
+    """SGD with momentum on gradients that are first, but for vectors, decayed and scaled in place (arXiv 1708.03888):
+    g <- g + weight_decay p;  g <- g trust_coefficient |p| / (|g| + eps), unscaled where a norm is 0.
+    """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=1e-5, trust_coefficient=1e-3, eps=1e-8):
         super().__init__(params, lr=lr, momentum=momentum)
@@ -89,11 +91,11 @@ class LARS(torch.optim.SGD):
         params = [p for group in self.param_groups for p in group["params"] if p.dim() > 1 and p.grad is not None]
         if params:
             grads = [p.grad for p in params]
-            torch._foreach_add_(grads, params, alpha=self.decay)  # g <- g + weight_decay p
+            torch._foreach_add_(grads, params, alpha=self.decay)
             p_norm, g_norm = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(grads))
             scale = self.trust_coefficient * p_norm / (g_norm + self.eps)  # [parameters]
             scale = torch.where((p_norm > 0) & (g_norm > 0), scale, 1.0)
-            torch._foreach_mul_(grads, list(scale))  # g <- g trust_coefficient |p| / (|g| + eps), unless a norm is 0
+            torch._foreach_mul_(grads, list(scale))
         super().step()
         return loss
 
@@ -330,8 +332,7 @@ def auto_amp(device):
 def frozen_features(backbone, images):
     """Maps [N, C, H, W] of images uint8 [N, 3, h, w], in eval mode; of several levels the finest."""
     views = v2.functional.normalize(images.to(next(backbone.parameters()).device) / 255, MEAN, STD)
-    backbone.eval()
-    maps = [backbone(batch) for batch in views.split(32)]
+    maps = [backbone.eval()(batch) for batch in views.split(32)]
     return torch.cat([next(iter(map.values())) if isinstance(map, dict) else map for map in maps])
 
 
@@ -386,7 +387,7 @@ def parse(argv):
     add("--workers", type=int, default=min(8, os.cpu_count() // 2 or 1), help="data processes per rank (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ... (%(default)s)")
     add("--compile", action="store_true", help="run the model through torch.compile")
-    add("--heads", action="store_true", help="with --arch a ResNet: pre-train an FPN and a head's convolutions as well")
+    add("--heads", action="store_true", help="pre-train also an FPN and a head on a ResNet (--layer is not used)")
     for name, (demo, paper, text) in VALUES.items():
         add(f"--{name.replace('_', '-')}", type=type(demo), metavar="X", help=f"{text} (demo {demo}, paper {paper})")
     args = parser.parse_args(argv)
