@@ -109,8 +109,7 @@ def positive_pairs(box_1, box_2, size, threshold=0.7):
     centres_1, diagonal_1 = bin_centres(box_1, size)
     centres_2, diagonal_2 = bin_centres(box_2, size)
     distance = torch.cdist(centres_1, centres_2, compute_mode="donot_use_mm_for_euclid_dist")  # [N, HW, HW]
-    diagonal = torch.maximum(diagonal_1, diagonal_2)[:, :, None]  # [N, 1] -> [N, 1, 1]
-    return distance <= threshold * diagonal  # Eq. 1
+    return distance <= threshold * torch.maximum(diagonal_1, diagonal_2)[:, :, None]  # Eq. 1; [N, 1] -> [N, 1, 1]
 
 
 def bin_centres(box, size):
@@ -362,8 +361,9 @@ class PixPro(nn.Module):
         pieces = list(zip(*(tensor.split(at_once) for tensor in (x, g, x_prime, box, box_prime))))
         sums = [self.piece(*p) if len(pieces) == 1 else checkpoint(self.piece, *p, use_reentrant=False) for p in pieces]
         loss, similarity, positives, matched = sum(sums)
-        unit = F.normalize(x.detach().float(), dim=1).transpose(0, 1).flatten(1)  # [N, dim, H, W] -> [dim, N * H * W]
-        spread = unit.std(1, correction=0).mean() * math.sqrt(len(unit))
+        unit = F.normalize(x.detach().float(), dim=1)  # [N, dim, H, W]
+        variance = unit.square().mean((0, 2, 3)) - unit.mean((0, 2, 3)).square()  # [dim]; var() is slow on CPUs
+        spread = variance.clamp(min=0).sqrt().mean() * math.sqrt(len(variance))
         matched = matched.clamp(min=1)
         return torch.stack([loss / matched, similarity / matched, positives / len(x), spread])
 
