@@ -56,7 +56,7 @@ class TwoViews:
         self.colour_2 = random_colour(blur=0.1, solarize=0.2)
 
     def __call__(self, image):
-        image = v2.functional.pil_to_tensor(image.convert("RGB")) if hasattr(image, "convert") else image  # PIL
+        image = v2.functional.pil_to_tensor(image.convert("RGB")) if hasattr(image, "convert") else image  # from PIL
         if not torch.is_tensor(image) or image.dtype != torch.uint8:
             raise TypeError(f"expected a uint8 tensor or PIL image, found {type(image)} {getattr(image, 'dtype', '')}")
         if image.dim() != 3 or image.shape[0] != 3:
@@ -394,7 +394,7 @@ LAYERS = {"linear1": "0", "bn1": "1", "linear2": "3"}  # of every part but the e
 def load_authors_checkpoint(model, path):
     """Fills a PixPro from a file of the authors' code; returns the names that were left out: those of the instance
     branch, where the model has none. Raises ValueError, with the keywords that the file asks for, if any other name or
-    shape differs; the model is then as it was.
+    shape differs; the model is then as it was. (Names as in contrast/models/PixPro.py of their repository.)
     """
     with torch.serialization.safe_globals([argparse.Namespace]):  # "opt", their command line
         file = torch.load(path, map_location="cpu", weights_only=True)

@@ -1839,16 +1839,13 @@ def test_whole_heads_share_everything_between_four_levels():
     box = random_boxes(4, seed=0)
     output = model(view_1, view_2, box, box)
     assert [level.shape[1:] for level in heads(view_1).values()] == [(256, 8, 8), (256, 4, 4), (256, 2, 2), (256, 1, 1)]
-    assert (
-        output.positives.item() > (64 + 16 + 4 + 1) / 4
-    )  # the mean over the levels; each pixel is positive for itself
+    itself = (64 + 16 + 4 + 1) / 4  # the mean over the levels, if each pixel were positive for itself alone
+    assert output.positives.item() > itself
     output.loss.backward()
     frozen = {name for name, p in model.named_parameters() if p.grad is None and not name.startswith("momentum_")}
     assert frozen == {f"backbone.fpn.extra_blocks.p7.{kind}" for kind in ("weight", "bias")}
     assert not any(p.requires_grad for p in heads.fpn.extra_blocks.p7.parameters())
-    last = [
-        block.bn2.weight for name, block in heads.body.named_modules() if name.count(".") == 1 and hasattr(block, "bn2")
-    ]
+    last = [block.bn2.weight for block in heads.body.modules() if hasattr(block, "bn2")]
     assert len(last) == 8 and all(weight.abs().sum() == 0 for weight in last)  # residual blocks begin at zero
 
 
@@ -1901,9 +1898,9 @@ def authors_networks(num_layers=1, instance=True, arch="resnet18", hidden=24, di
         parts["projector_instance_k"] = AuthorsHead(channels, hidden, dim)
         parts["predictor"] = AuthorsHead(dim, hidden, dim)
     networks = nn.ModuleDict(parts).eval()
-    for tensor in [*networks.parameters(), *networks.buffers()]:
-        if tensor.is_floating_point():
-            tensor.data = tensor.data + 0.1 * torch.rand_like(tensor)  # variances stay positive
+    for value in [*networks.parameters(), *networks.buffers()]:
+        if value.is_floating_point():
+            value.data += 0.1 * torch.rand_like(value)  # variances stay positive
     return networks
 
 
@@ -1931,9 +1928,8 @@ def test_checkpoint_fills_every_weight(tmp_path, num_layers):
         map, map_k = encode("encoder"), encode("encoder_k")
         x = model.projector(model.backbone(image))
         assert torch.allclose(x, authors["projector"](map), atol=1e-5)
-        assert torch.allclose(
-            model.momentum_projector(model.momentum_backbone(image)), authors["projector_k"](map_k), atol=1e-5
-        )
+        x_prime = model.momentum_projector(model.momentum_backbone(image))
+        assert torch.allclose(x_prime, authors["projector_k"](map_k), atol=1e-5)
         assert torch.allclose(model.propagation.transform(x), authors["value_transform"](x), atol=1e-5)
         z = authors["projector_instance"](map)
         assert torch.allclose(model.instance_projector(map), z, atol=1e-5)
@@ -1971,8 +1967,8 @@ def test_checkpoint_leaves_out_the_instance_branch_of_a_model_without(tmp_path):
 )
 def test_checkpoint_names_the_model_that_it_fits(tmp_path, keywords, differs):
     path = authors_file(tmp_path / "authors.pth", authors_networks(instance=False))
-    backbone = Backbone(keywords.pop("arch", "resnet18"), keywords.pop("layer", "layer4"))
-    model = PixPro(backbone, **{"dim": 16, "hidden_dim": 24} | keywords)
+    keywords = {"arch": "resnet18", "layer": "layer4", "dim": 16, "hidden_dim": 24} | keywords
+    model = PixPro(Backbone(keywords.pop("arch"), keywords.pop("layer")), **keywords)
     before = copy.deepcopy(model.state_dict())
     expected = r"expected PixPro\(Backbone\('resnet18'\), dim=16, hidden_dim=24, num_layers=1\) for .*authors.pth"
     with pytest.raises(ValueError, match=expected) as error:

@@ -110,7 +110,7 @@ def lr_at(step, total_steps, warmup_steps, peak, floor=1e-6):
 
 # ------------------------------------ Data ------------------------------------
 class Scenes:
-    """Drawn landscapes, from the one of number `first`; each is a function of (seed, number, size)."""
+    """Drawn landscapes from number `first` on, uint8, with their classes; each a function of (seed, number, size)."""
 
     def __init__(self, count, seed=0, first=0, size=144):
         images, masks = zip(*(draw_scene(seed, number, size) for number in range(first, first + count)))
@@ -337,7 +337,7 @@ def frozen_features(backbone, images):
 
 
 def linear_probe(backbone, scenes, held_out):
-    """Mean IoU in percent, on held_out, of a 1x1 convolution on the frozen map that was trained on scenes."""
+    """Mean IoU in percent, on held_out at full resolution, of a 1x1 convolution trained on the maps of scenes."""
     features, test = frozen_features(backbone, scenes.images), frozen_features(backbone, held_out.images)
     std, mean = torch.std_mean(features, (0, 2, 3), keepdim=True)  # [1, C, 1, 1]
     features, test = (features - mean) / (std + 1e-6), (test - mean) / (std + 1e-6)  # [N, C, H, W]
