@@ -4,8 +4,7 @@
     python train.py --data DIR                            recipe paper, on every image below DIR
     torchrun --nproc_per_node=8 train.py --data DIR       the same on 8 GPUs; --batch is their total
 
-Everything random is a function of (seed, number of the sample), every schedule one of the step. So the same command
-continues a stopped run (on a CPU bit for bit), and workers and ranks change neither the samples nor their views.
+The same command continues a stopped run (on a CPU bit for bit); workers and ranks change no sample, crop or colour.
 """
 
 import argparse
@@ -20,9 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 from torchvision import models, ops
-from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from torchvision.utils import save_image
 
@@ -52,17 +52,12 @@ FREE = ("recipe", "data", "out", "workers", "device", "compile", "epochs", "warm
 CLASSES = ("sky", "cloud", "mountain", "meadow", "road", "water", "tree", "house")
 SCENES, PROBE_SCENES = 512, 256  # drawn for pre-training; for training the probe, and as many for its test
 RECORD_STEPS, PRINT_SECONDS, SAVE_SECONDS = 10, 5, 60  # between records, lines of the log, checkpoints (on records)
-LOW_SPREAD = 0.4  # healthy runs stay above, collapsed ones below
 
 
 # ------------------------------------ Head networks, optimizer, schedule ------------------------------------
 class Heads(models.detection.backbone_utils.BackboneWithFPN):
-    """A backbone with the head networks of Sec. 3.3: image [N, 3, h, w] -> maps [N, 256, H, W] of the levels P3 to P6.
-
-    A ResNet (`body`), the FPN of torchvision's FCOS (`fpn`), and the first three 3x3 convolutions of its head, the same
-    for all levels (`tower`). The paper's, but recalled in part and not verified: no code of it was released.
-    """
-
+    """ResNet (`body`), FPN (`fpn`) and three convolutions of an FCOS head (`tower`, one for all levels) of Sec. 3.3:
+    image [N, 3, h, w] -> maps [N, 256, H, W], P3 to P6. Recalled in part, not verified: no code of it was released."""
     def __init__(self, arch):
         check_name("arch", arch, models.list_models(module=models, include="*resne*"))
         network = models.get_model(arch, weights=None, zero_init_residual=True)
@@ -78,9 +73,7 @@ class Heads(models.detection.backbone_utils.BackboneWithFPN):
 
 class LARS(torch.optim.SGD):
     """SGD with momentum on gradients that are first, but for vectors, decayed and scaled in place (arXiv 1708.03888):
-    g <- g + weight_decay p;  g <- g trust_coefficient |p| / (|g| + eps), unscaled where a norm is 0.
-    """
-
+    g <- g + weight_decay p;  g <- g trust_coefficient |p| / (|g| + eps), unscaled where a norm is 0."""
     def __init__(self, params, lr, momentum=0.9, weight_decay=1e-5, trust_coefficient=1e-3, eps=1e-8):
         super().__init__(params, lr=lr, momentum=momentum)
         self.decay, self.trust_coefficient, self.eps = weight_decay, trust_coefficient, eps
@@ -96,8 +89,7 @@ class LARS(torch.optim.SGD):
             scale = self.trust_coefficient * p_norm / (g_norm + self.eps)  # [parameters]
             scale = torch.where((p_norm > 0) & (g_norm > 0), scale, 1.0)
             torch._foreach_mul_(grads, list(scale))
-        super().step()
-        return loss
+        return super().step() or loss  # without a closure of its own, it returns None
 
 
 def lr_at(step, total_steps, warmup_steps, peak, floor=1e-6):
@@ -111,7 +103,6 @@ def lr_at(step, total_steps, warmup_steps, peak, floor=1e-6):
 # ------------------------------------ Data ------------------------------------
 class Scenes:
     """Drawn landscapes from number `first` on, uint8, with their classes; each a function of (seed, number, size)."""
-
     def __init__(self, count, seed=0, first=0, size=144):
         images, masks = zip(*(draw_scene(seed, number, size) for number in range(first, first + count)))
         self.images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # [count, h, w, 3] -> [count, 3, h, w]
@@ -122,39 +113,31 @@ def draw_scene(seed, number, size):
     """One landscape, painted from back to front: image uint8 [size, size, 3], mask [size, size]."""
     rng = np.random.default_rng([seed, number])
     y, x = np.mgrid[:size, :size].astype(np.float32) / size  # y runs downward
-    image, mask = np.zeros((size, size, 3), np.float32), np.zeros((size, size), np.int64)
     smooth, rough, grain = (noise(rng, size, slope) for slope in (1.6, 1.1, 0.3))
-    relief = np.roll(rough, 2, 1) - rough  # lit from one side
-
-    def paint(name, where, colour, shade):  # the colour varies from scene to scene, the shade from pixel to pixel
-        colour = colour + rng.uniform(-0.12, 0.12, 3) + rng.uniform(-0.1, 0.1)
-        image[where] = (colour * (1 + shade[where])[:, None]).clip(0.02, 1.2)  # [pixels, 3]
-        mask[where] = CLASSES.index(name)
-
     sky, horizon = rng.uniform((0.25, 0.4, 0.55), (0.65, 0.6, 0.85)), rng.uniform(0.35, 0.55)
     depth = (y - horizon) / (1 - horizon)  # 0 at the horizon, 1 at our feet
-    paint("sky", y < 2, sky, 0.9 * y / horizon)
-    paint("cloud", smooth.T > rng.uniform(0, 1.2) + 2 * y, (0.85, 0.85, 0.85), 0.08 * rough)
-    for air in (0.7, 0.2):  # two ranges, the farther one behind more air
-        ridge = horizon - rng.uniform(0.02, 0.1) - 0.1 * air + 0.05 * smooth[rng.integers(size)]
-        paint("mountain", y > ridge, 1.5 * air * sky + 0.4 * (1 - air), (0.2 - 0.1 * air) * relief)
-    paint("meadow", depth > 0, (0.38, 0.48, 0.22), 0.1 * smooth + 0.3 * depth * grain)
-    bank = np.abs(depth + 0.06 * smooth - rng.uniform(0.1, 0.8))
-    paint("water", (depth > 0) & (bank < rng.uniform(0, 0.2)), 0.6 * sky + (0.1, 0.2, 0.25), 0.2 * relief.T)
-    line = rng.uniform(-0.2, 1.2) + rng.uniform(-0.6, 0.6) * depth + rng.uniform(-0.25, 0.25) * np.sin(4 * depth)
-    across = np.abs(x - line) / (0.02 + 0.2 * depth)
-    paint("road", (depth > 0) & (across < 1), (0.45, 0.43, 0.43), 0.06 * grain + 0.4 * (across < 0.06))
+    ridge = horizon - rng.uniform(0.05, 0.15) + 0.06 * smooth[0]
+    bank = np.abs(depth + 0.06 * smooth - rng.uniform(0.1, 0.8)) / rng.uniform(0.05, 0.2)
+    across = np.abs(x - rng.uniform(-0.2, 1.2) - rng.uniform(-0.6, 0.6) * depth) / (0.02 + 0.2 * depth)
+    layers = [  # class, where it is, its colour, its shade from pixel to pixel
+        ("sky", y < 2, sky, 0.9 * y / horizon),
+        ("cloud", smooth.T > rng.uniform(0, 1.2) + 2 * y, (0.85, 0.85, 0.85), 0.08 * rough),
+        ("mountain", y > ridge, 0.5 * sky + 0.2, 0.2 * (np.roll(rough, 2, 1) - rough)),  # lit from one side
+        ("meadow", depth > 0, (0.38, 0.48, 0.22), 0.1 * smooth + 0.3 * depth * grain),
+        ("water", (depth > 0) & (bank < 1), 0.6 * sky + (0.1, 0.2, 0.25), 0.15 * rough.T),
+        ("road", (depth > 0) & (across < 1), (0.45, 0.43, 0.43), 0.06 * grain + 0.4 * (across < 0.06))]
     for near in np.sort(rng.uniform(0.02, 0.8, rng.integers(5, 14))):  # the farthest first
-        height, foot = 0.06 + 0.3 * near, horizon + near * (1 - horizon)
-        u, v = np.abs(x - rng.random()) * rng.uniform(0.8, 1.3) / height, (foot - y) / height
-        if rng.random() < 0.4:
-            panes = (np.abs(7 * u % 2 - 1) < 0.4) & (np.abs(v - 0.32) < 0.14)
-            paint("house", (u < 0.55) & (v > 0) & (v < 0.6), (0.72, 0.64, 0.55), 0.03 * grain - 0.5 * panes)
-            paint("house", (u < 1.43 - 1.3 * v) & (v >= 0.6), (0.5, 0.3, 0.25), 0.15 * np.sin(40 * v))
-        else:
-            paint("tree", (u < 0.06) & (v > 0) & (v < 0.6), (0.3, 0.22, 0.16), 0.2 * grain)
-            crown = np.hypot(u / 0.42, (v - 0.85) / 0.5) + 0.1 * grain < 1
-            paint("tree", crown, (0.25, 0.37, 0.18), 0.2 * grain + 0.4 * (v - 0.8))
+        u = np.abs(x - rng.random()) * rng.uniform(0.8, 1.3) / (0.06 + 0.3 * near)
+        v = (near - depth) * (1 - horizon) / (0.06 + 0.3 * near)  # of an object 1 high, upward from its foot
+        crown, windows = np.hypot(u / 0.42, (v - 0.6) / 0.6), (np.abs(7 * u % 2 - 1) < 0.4) & (np.abs(v - 0.32) < 0.14)
+        tree = ("tree", crown + 0.1 * grain < 1, (0.25, 0.37, 0.18), 0.2 * grain + 0.4 * (v - 0.8))
+        house = ("house", (u < 0.55) & (v > 0) & (v < 1.1 - 0.9 * u), (0.7, 0.6, 0.5), 0.03 * grain - 0.5 * windows)
+        layers.append(house if rng.random() < 0.4 else tree)
+    image, mask = np.zeros((size, size, 3), np.float32), np.zeros((size, size), np.int64)
+    for name, where, colour, shade in layers:
+        colour = colour + rng.uniform(-0.12, 0.12, 3) + rng.uniform(-0.1, 0.1)  # another in each scene
+        image[where] = (colour * (1 + shade[where])[:, None]).clip(0.02, 1.2)  # [pixels, 3]
+        mask[where] = CLASSES.index(name)
     return (255 * (image * rng.uniform(0.7, 1.1, 3)).clip(0, 1)).astype(np.uint8), mask
 
 
@@ -166,25 +149,45 @@ def noise(rng, size, slope):
     return field / field.std()
 
 
-class Samples:
-    """Sample n of a run: an image of epoch n // len(images) as two views and two boxes; a function of (seed, n)."""
+def load_image(path):
+    """The RGB image that a viewer shows: upright, its first frame, without transparency, of 16 bits the upper 8."""
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode.startswith("I"):  # 16 bits
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    return image.convert("RGB")
 
-    def __init__(self, images, views, seed):
-        self.images, self.views, self.seed, self.epoch = images, views, seed, None  # images: paths or [count, 3, h, w]
+
+class Samples:
+    """Sample n of a run, a function of (seed, n): two views and boxes of an image of epoch n // len(images). images:
+    [count, 3, h, w] or paths; the next sample replaces one that cannot be read, and the file `unreadable` names it.
+    Raises OSError when these are all, or more than 10 and more than 1%."""
+    def __init__(self, images, views, seed, unreadable=Path("unreadable.txt")):
+        self.images, self.views, self.seed, self.unreadable, self.epoch = images, views, seed, unreadable, None
 
     def __getitem__(self, n):
         epoch, place = divmod(n, len(self.images))
         if epoch != self.epoch:
             self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.images))
         image = self.images[self.order[place]]
-        torch.manual_seed(int(np.random.SeedSequence([self.seed, n]).generate_state(1)[0]))
-        return self.views(default_loader(image) if isinstance(image, Path) else image)
+        try:
+            image = load_image(image) if isinstance(image, Path) else image
+        except Exception:  # decoders raise many kinds
+            self.unreadable.touch()
+            known, name = self.unreadable.read_text().splitlines(), repr(str(image))
+            if len({*known, name}) > min(len(self.images) - 1, max(10, len(self.images) // 100)):
+                raise OSError(f"expected images, found too many that cannot be read: {', '.join([*known, name])}")
+            if name not in known:
+                with self.unreadable.open("a") as file:
+                    print(name, file=file)
+                print(f"warning: cannot read {name}, {len(known) + 1} by now; the next sample replaces it", flush=True)
+            return self[n + 1]
+        torch.default_generator.manual_seed(int(np.random.SeedSequence([self.seed, n]).generate_state(1)[0]))
+        return self.views(image)
 
 
 # ------------------------------------ Training ------------------------------------
 class Run:
     """A pre-training run: data, model and optimizer, and how far it is (`step`: steps that are done)."""
-
     def __init__(self, args):
         self.args, self.out, self.device = args, args.out, torch.device(args.device)
         self.rank, self.ranks = 0, 1
@@ -194,26 +197,28 @@ class Run:
             torch.distributed.init_process_group()  # NCCL for GPUs, gloo for CPUs
             self.rank, self.ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         files = Path(args.data).rglob("*") if args.data else []
-        paths = sorted(path for path in files if path.suffix.lower() in IMG_EXTENSIONS and path.name[0] != ".")
+        paths = sorted(p for p in files if p.suffix.lower() in (*IMG_EXTENSIONS, ".gif") and p.name[0] != ".")
         if args.data and not paths:
             raise ValueError(f"expected images below {args.data}, found none")
         self.images = paths or Scenes(SCENES, args.seed).images
-        if args.batch < 1 or args.batch % self.ranks:
-            raise ValueError(f"expected a batch that {self.ranks} ranks can share equally, found {args.batch}")
+        if not 1 <= args.batch <= len(self.images) or args.batch % self.ranks:
+            raise ValueError(f"expected a batch <= {len(self.images)}, a multiple of {self.ranks}, found {args.batch}")
         epoch = len(self.images) / args.batch  # in steps
         args.images, args.steps = len(self.images), round(args.epochs * epoch) if args.steps is None else args.steps
-        if args.steps < 1 or args.size < 1 or args.seed < 0 or args.workers < 0:
-            found = [args.steps, args.size, args.seed, args.workers]
-            raise ValueError(f"expected steps and size >= 1, seed and workers >= 0, found {found}")
         args.warmup_steps = min(round(args.warmup_epochs * epoch), args.steps // 4)
         args.lr = args.batch / 256 if args.lr is None else args.lr
+        found = [args.steps, args.lr, args.seed, args.workers]
+        if args.steps < 1 or not 0 < args.lr < math.inf or args.seed < 0 or args.workers < 0:
+            raise ValueError(f"expected steps > 0, a finite lr > 0, seed and workers >= 0, found {found}")
         args.amp = auto_amp(self.device) if args.amp == "auto" else args.amp
         self.settings = {name: value for name, value in vars(args).items() if name not in FREE}
         torch.manual_seed(args.seed)
         self.initial = Heads(args.arch) if args.heads else Backbone(args.arch, args.layer)  # kept for comparison
         net = PixPro(copy.deepcopy(self.initial), **{name: getattr(args, name) for name in MODEL})
-        if self.ranks > 1 and self.device.type == "cuda":
-            net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        if min(frozen_features(self.initial, torch.zeros(1, 3, *2 * [max(1, args.size)])).shape[2:]) < 2:
+            raise ValueError(f"expected a size that makes a map of at least 2 x 2, found {args.size}")
+        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net) if self.ranks > 1 and "cuda" in args.device else net
+        self.out.mkdir(parents=True, exist_ok=True)
         self.core = net.to(self.device, memory_format=torch.channels_last)
         self.model = torch.nn.parallel.DistributedDataParallel(net) if self.ranks > 1 else net
         self.model = torch.compile(self.model) if args.compile else self.model
@@ -223,10 +228,10 @@ class Run:
 
     def train(self):
         args, outputs = self.args, []
-        share = args.batch // self.ranks  # step k has the samples k * batch to (k + 1) * batch - 1
+        share, pin = args.batch // self.ranks, self.device.type == "cuda"
         firsts = range(self.step * args.batch + self.rank * share, args.steps * args.batch, args.batch)
-        batches = [range(first, first + share) for first in firsts]
-        samples, pin = Samples(self.images, TwoViews(args.size), args.seed), self.device.type == "cuda"
+        batches = [range(first, first + share) for first in firsts]  # step k: samples k * batch to (k + 1) * batch - 1
+        samples = Samples(self.images, TwoViews(args.size), args.seed, self.out / "unreadable.txt")
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
         if self.rank == 0:
             with open(self.out / "metrics.jsonl", "a") as file:
@@ -252,17 +257,16 @@ class Run:
 
     def record(self, outputs):
         """Stops at a loss that is not finite; rank 0 writes metrics.jsonl, now and then the log and the checkpoint."""
-        args, kept = self.args, f"{self.out} keeps the last checkpoint"
         if self.ranks > 1:
             torch.distributed.all_reduce(outputs)
         outputs = (outputs / self.ranks).cpu()  # the one place that waits for the GPU
         for step, loss in enumerate(outputs[:, 0], self.step - len(outputs) + 1):
             if not loss.isfinite():
-                sys.exit(f"train.py: error: the loss of step {step} is {loss}; {kept}")
+                raise FloatingPointError(f"the loss of step {step} is {loss}")
         if self.rank > 0:
             return
-        lr, m = self.optimizer.param_groups[0]["lr"], momentum_at(self.step - 1, args.steps)
-        values = dict(zip(Output._fields, outputs.mean(0).tolist()), lr=lr, m=m)
+        args, lr = self.args, self.optimizer.param_groups[0]["lr"]
+        values = dict(zip(Output._fields, outputs.mean(0).tolist()), lr=lr, m=momentum_at(self.step - 1, args.steps))
         with open(self.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": self.step} | values) + "\n")
         now, finished, live = time.monotonic(), self.step == args.steps, sys.stdout.isatty()
@@ -270,14 +274,14 @@ class Run:
             speed = (self.step - self.printed_step) / (now - self.printed)  # steps a second
             line = f"step {self.step}/{args.steps}  " + "  ".join(f"{name} {x:.4g}" for name, x in values.items())
             line += f"  {speed * args.batch:.0f} images/s  {(args.steps - self.step) / speed / 60:.1f} min left"
-            if values["spread"] < LOW_SPREAD and self.step > args.warmup_steps:
+            if values["spread"] < 0.4 and self.step > args.warmup_steps:  # healthy runs stay above
                 line = f"warning: low spread, the features may have collapsed; {line}"
             line = f"\r\033[K{line[: os.get_terminal_size().columns - 1]}" if live else line  # redrawn in place
             print(line, end="" if live and not finished else "\n", flush=True)
             self.printed, self.printed_step = now, self.step
         if finished or now - self.saved > SAVE_SECONDS:
             if not all(p.isfinite().all() for p in self.core.parameters()):
-                sys.exit(f"train.py: error: weights are not finite at step {self.step}; {kept}")
+                raise FloatingPointError(f"weights are not finite at step {self.step}")
             states = {name: getattr(self, name).state_dict() for name in ("core", "optimizer", "scaler")}
             size = (self.out / "metrics.jsonl").stat().st_size
             self.save("last.pt", states | {"step": self.step, "metrics": size, "settings": self.settings})
@@ -285,11 +289,13 @@ class Run:
 
     def resume(self):
         """Loads last.pt, if there is one; returns the number of steps done and the size of metrics.jsonl then."""
-        self.out.mkdir(parents=True, exist_ok=True)
         path, checkpoint = self.out / "last.pt", {"step": 0, "metrics": 0}
         if path.exists():
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            old, new = checkpoint["settings"], self.settings
+            try:
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+                old, new = dict(checkpoint["settings"]), self.settings
+            except Exception as error:  # of another program, damaged, or carrying code, which is not run
+                raise ValueError(f"expected a checkpoint of train.py, found {path} ({type(error).__name__})") from error
             changes = [f"{name} was {old.get(name)}, is {new[name]}" for name in new if old.get(name) != new[name]]
             if changes:
                 raise ValueError(f"{path} has other settings: {'; '.join(changes)}; keep them, or give another --out")
@@ -301,8 +307,9 @@ class Run:
         """Probe and picture, before and after training; backbone.pt comes last and marks the run as complete."""
         args, initial, trained = self.args, self.initial.to(self.device), self.core.backbone
         if args.data:
-            square = v2.Compose([v2.PILToTensor(), v2.Resize(2 * args.size), v2.CenterCrop(2 * args.size)])
-            images = torch.stack([square(default_loader(path)) for path in self.images[:: args.images // 8 or 1][:8]])
+            whole = v2.Compose([v2.PILToTensor(), TwoViews(2 * args.size, scale=(1, 1)).crop])
+            samples = Samples(self.images, whole, args.seed, self.out / "unreadable.txt")
+            images = torch.stack([samples[n][0] for n in range(min(8, args.images))])
         else:
             scenes, held_out = (Scenes(PROBE_SCENES, args.seed, SCENES + n * PROBE_SCENES) for n in (0, 1))
             before, after = (linear_probe(backbone, scenes, held_out) for backbone in (initial, trained))
@@ -315,7 +322,8 @@ class Run:
 
     def save(self, name, state):
         """torch.save, whole or not at all: written beside and renamed."""
-        torch.save(state, self.out / "writing.tmp")
+        with open(self.out / "writing.tmp", "wb") as file:  # a file raises OSError where the disk is full
+            torch.save(state, file)
         os.replace(self.out / "writing.tmp", self.out / name)
 
 
@@ -337,24 +345,16 @@ def frozen_features(backbone, images):
 
 
 def linear_probe(backbone, scenes, held_out):
-    """Mean IoU in percent, on held_out at full resolution, of a 1x1 convolution trained on the maps of scenes."""
+    """Mean IoU in percent, on held_out at full resolution, of a 1x1 convolution fitted to scenes by least squares."""
     features, test = frozen_features(backbone, scenes.images), frozen_features(backbone, held_out.images)
-    std, mean = torch.std_mean(features, (0, 2, 3), keepdim=True)  # [1, C, 1, 1]
-    features, test = (features - mean) / (std + 1e-6), (test - mean) / (std + 1e-6)  # [N, C, H, W]
+    features, test = (F.pad(maps, (0, 0, 0, 0, 0, 1), value=1.0) for maps in (features, test))  # [N, C + 1, H, W]
     masks = F.one_hot(scenes.masks, len(CLASSES)).permute(0, 3, 1, 2).float()  # [N, h, w] -> [N, 8, h, w]
     shares = F.adaptive_avg_pool2d(masks, features.shape[2:]).to(features.device)  # [N, 8, h, w] -> [N, 8, H, W]
-    probe = torch.nn.Conv2d(features.shape[1], len(CLASSES), 1).to(features.device)
-    torch.nn.init.zeros_(probe.weight), torch.nn.init.zeros_(probe.bias)
-    optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=100, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(probe(features), shares) + 1e-4 * probe.weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    logits = F.interpolate(probe(test), held_out.masks.shape[1:], mode="bilinear")  # [N, 8, H, W] -> [N, 8, h, w]
+    x, shares = (maps.transpose(0, 1).flatten(1) for maps in (features, shares))  # [C + 1, NHW], [8, NHW]
+    gram = x @ x.T  # [C + 1, C + 1]
+    gram.diagonal().mul_(1.0001).add_(1e-6)  # a little ridge, for dead channels too
+    weight = torch.linalg.solve(gram, x @ shares.T).T[:, :, None, None]  # [C + 1, 8] -> [8, C + 1, 1, 1]
+    logits = F.interpolate(F.conv2d(test, weight), held_out.masks.shape[1:], mode="bilinear")  # [N, 8, h, w]
     pairs = len(CLASSES) * held_out.masks + logits.argmax(1).cpu()  # [N, h, w]: true class, predicted class
     confusion = pairs.flatten().bincount(minlength=len(CLASSES) ** 2).view(len(CLASSES), -1)  # [64] -> [8, 8]
     return 100 * (confusion.diag() / (confusion.sum(0) + confusion.sum(1) - confusion.diag())).mean().item()
@@ -365,9 +365,8 @@ def save_picture(path, images, *backbones):
     rows = [images / 255]
     for backbone in backbones:
         maps = frozen_features(backbone, images).cpu().permute(0, 2, 3, 1)  # [N, C, H, W] -> [N, H, W, C]
-        centred = maps - maps.mean((0, 1, 2))
-        components = torch.linalg.svd(centred.flatten(0, 2), full_matrices=False)[2]  # [NHW, C] -> [C, C]
-        scores = (centred @ components[:3].T).permute(0, 3, 1, 2)  # [N, H, W, C] @ [C, 3] -> [N, 3, H, W]
+        scores = torch.pca_lowrank(maps.flatten(0, 2), 3)[0]  # [NHW, C] -> [NHW, 3]
+        scores = scores.view(*maps.shape[:3], 3).permute(0, 3, 1, 2)  # [NHW, 3] -> [N, 3, H, W]
         colours = torch.sigmoid(1.3 * scores / scores.std((0, 2, 3), keepdim=True))
         rows.append(F.interpolate(colours, images.shape[2:]))  # [N, 3, H, W] -> [N, 3, h, w]
     save_image(torch.cat(rows), path, nrow=len(images), padding=4, pad_value=1.0)
@@ -391,25 +390,25 @@ def parse(argv):
     for name, (demo, paper, text) in VALUES.items():
         add(f"--{name.replace('_', '-')}", type=type(demo), metavar="X", help=f"{text} (demo {demo}, paper {paper})")
     args = parser.parse_args(argv)
-    args.recipe = args.recipe or ("paper" if args.data else "demo")
-    args.out = args.out or Path("runs", args.recipe)
-    recipe = DEMO if args.recipe == "demo" else PAPER
-    return parser, argparse.Namespace(**vars(args) | {k: v for k, v in recipe.items() if getattr(args, k) is None})
+    recipe = args.recipe or ("paper" if args.data else "demo")
+    parser.set_defaults(recipe=recipe, out=Path("runs", recipe), **(DEMO if recipe == "demo" else PAPER))
+    return parser, parser.parse_args(argv)
 
 
 def main(argv=None):
     parser, args = parse(argv)
     try:
         run = Run(args)
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, OverflowError) as error:
         parser.error(str(error))
-    if run.step < args.steps or not (args.out / "backbone.pt").exists():
-        try:
+    try:
+        if run.step < args.steps or not (args.out / "backbone.pt").exists():
             run.train()
-        except KeyboardInterrupt:
-            sys.exit(f"\nstopped; the same command continues from {args.out}/last.pt, or without it starts again")
-        if run.rank == 0:
-            run.finish()
+            if run.rank == 0:
+                run.finish()
+    except (KeyboardInterrupt, FloatingPointError, OSError) as error:  # OSError: a full disk, no image
+        reason = (str(error) or "interrupted").splitlines()[-1].removeprefix("OSError: ")  # behind a loader's traceback
+        sys.exit(f"\ntrain.py: {reason}; the same command continues from the last checkpoint in {args.out}")
     if run.rank == 0:
         print(f"complete: {args.steps} steps; {args.out} has last.pt, backbone.pt, metrics.jsonl and features.png")
     if run.ranks > 1:
