@@ -8,7 +8,6 @@ the authors' numbers: what github.com/zdaxie/PixPro, commit e390d6b, computes in
 import argparse
 import ast
 import copy
-import errno
 import inspect
 import json
 import math
@@ -1290,21 +1289,21 @@ def spoiled(photographs):
 def test_train_replaces_what_cannot_be_read(spoiled, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(train, "RECORD_STEPS", 2)
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)
-    flags = ["--data", spoiled, "--steps", 12, "--workers", 2]  # 48 samples, 18 an epoch
+    flags = ["--data", spoiled, "--steps", 12]  # 48 samples, 18 an epoch
     run_main(tmp_path / "out", *flags)
     printed = capfd.readouterr().out
     bad = {"page.jpg", "half.jpg", "empty.png", "folder.jpg", "broken link.jpg", "ü.webp"}
-    assert all(printed.count(f"{name}', ") == 1 for name in bad) and printed.count("warning: cannot read") == 6
+    assert all(printed.count(f"{name}' (") == 1 for name in bad) and printed.count("warning: cannot read") == 6
     assert "6 by now" in printed
     assert len((tmp_path / "out" / "unreadable.txt").read_text().splitlines()) == 6
     run_killed_at(6, monkeypatch, tmp_path / "killed", *flags)
-    run_main(tmp_path / "killed", *flags)
+    run_main(tmp_path / "killed", *flags, "--workers", 2)
     assert same_weights(tmp_path / "out", tmp_path / "killed")
 
 
 def test_train_sample_is_the_next_one_that_can_be_read(spoiled, tmp_path):
     paths = sorted(path for path in spoiled.rglob("[!.]*") if path.suffix in (".png", ".jpg", ".bmp", ".webp"))
-    samples = train.Samples(paths, TwoViews(size=16), 0, tmp_path / "unreadable.txt")
+    samples = train.Samples(paths, TwoViews(size=16), 0, tmp_path)
     drawn = [samples[n] for n in range(len(paths) + 1)]
     replaced = [n for n in range(len(paths)) if torch.equal(drawn[n][0], drawn[n + 1][0])]
     unreadable = (tmp_path / "unreadable.txt").read_text()
@@ -1329,29 +1328,35 @@ def test_train_stops_when_too_much_cannot_be_read(tmp_path, good, bad):
 
 @pytest.mark.parametrize("full", ["checkpoint", "metrics"])
 def test_train_keeps_the_last_state_when_the_disk_is_full(photographs, tmp_path, monkeypatch, full):
+    resource = pytest.importorskip("resource")  # a limit on the size of files fails as a full disk does, midway
     monkeypatch.setattr(train, "RECORD_STEPS", 1)
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)
     flags = ["--data", photographs, "--steps", 4]
     run_main(tmp_path / "whole", *flags)
     run_killed_at(2, monkeypatch, tmp_path / "out", *flags)
     before = (tmp_path / "out" / "last.pt").read_bytes()
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="No space left on device; the same command"):
-        if full == "checkpoint":
-            if not Path("/dev/full").exists():
-                pytest.skip("needs /dev/full, a disk that is always full")
-            (tmp_path / "out" / "writing.tmp").symlink_to("/dev/full")
-        else:
-            patch.setattr(json, "dumps", raise_no_space)
-        run_main(tmp_path / "out", *flags)
+    size = (tmp_path / "out" / "metrics.jsonl").stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        limit = len(before) // 2 if full == "checkpoint" else size + 20
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        with pytest.raises(SystemExit, match="File too large; the same command continues from what is saved") as stop:
+            run_main(tmp_path / "out", *flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(stop.value.code.splitlines()) == 2  # an empty one, and the sentence
     assert (tmp_path / "out" / "last.pt").read_bytes() == before
-    (tmp_path / "out" / "writing.tmp").unlink(missing_ok=True)
     run_main(tmp_path / "out", *flags)
     assert same_weights(tmp_path / "whole", tmp_path / "out")
     assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (tmp_path / "out" / "metrics.jsonl").read_bytes()
 
 
-def raise_no_space(record):
-    raise OSError(errno.ENOSPC, "No space left on device")
+def test_train_writes_into_the_folder_that_it_reads(photographs, monkeypatch):
+    monkeypatch.chdir(photographs)
+    for _ in range(2):  # the second time it does not take its own picture for a photograph
+        run_main(Path("run"), "--data", ".", "--steps", 1)
+    settings = torch.load(photographs / "run" / "last.pt", weights_only=True)["settings"]
+    assert settings["images"] == 12 and (photographs / "run" / "features.png").exists()
 
 
 class Code:
@@ -1399,13 +1404,20 @@ def test_train_refuses_a_file_as_output(photographs, tmp_path, capsys):
     assert (tmp_path / "out").read_text() == "precious"
 
 
-def test_train_ends_with_one_line_at_ctrl_c(photographs, tmp_path, monkeypatch):
-    def interrupted(run, outputs):
+@pytest.mark.parametrize("place", ["__init__", "record", "finish"])
+def test_train_ends_with_one_line_at_ctrl_c(photographs, tmp_path, monkeypatch, place):
+    def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train.Run, "record", interrupted)
-    with pytest.raises(SystemExit, match="interrupted; the same command continues from the last checkpoint"):
-        run_main(tmp_path / "out", "--data", photographs, "--steps", 1)
+    flags = ["--data", photographs, "--steps", 1]
+    run_main(tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(train.Run, place, interrupted)
+        run_main(tmp_path / "out", *flags)
+    out = tmp_path / "out"
+    assert stop.value.code == f"\ntrain.py: interrupted; the same command continues from what is saved in {out}"
+    run_main(out, *flags)
+    assert same_weights(tmp_path / "whole", out)
 
 
 def test_train_keeps_the_checkpoint_from_weights_that_are_not_finite(photographs, tmp_path, monkeypatch):
@@ -1462,22 +1474,25 @@ def test_train_refuses_other_settings(photographs, tmp_path, capsys):
         (["--heads", "--arch", "vgg16"], "found 'vgg16'"),
         (["--batch", "0"], "expected a batch"),
         (["--batch", "13"], "expected a batch <= 12, a multiple of 1, found 13"),
-        (["--steps", "0"], "expected steps > 0"),
+        (["--steps", "0"], "expected steps, lr,"),
         (["--size", "0"], "0"),
         (["--size", "8"], "expected a size that makes a map of at least 2 x 2, found 8"),
-        (["--seed", "-1"], "seed and workers >= 0"),
-        (["--workers", "-1"], "seed and workers >= 0"),
+        (["--seed", "-1"], "seed, workers >= 0"),
+        (["--workers", "-1"], "seed, workers >= 0"),
+        (["--warmup-epochs", "-9"], "warm-up, seed, workers >= 0"),
+        (["--loss-scale", "nan"], "loss scale"),
         (["--threshold", "-1"], "threshold >= 0"),
         (["--temperature", "0"], "temperature > 0"),
-        (["--hidden-dim", "-1"], "negative dimension"),
+        (["--hidden-dim", "-1"], "expected steps, lr, loss scale, width > 0"),
+        (["--hidden-dim", "0"], "expected steps, lr, loss scale, width > 0"),
         (["--device", "abacus"], "abacus"),
         (["--gamma", "-1"], "expected gamma > 0"),
         (["--objective", "simclr"], "found 'simclr'"),
         (["--obj", "pixpro"], "unrecognized arguments: --obj"),
-        (["--lr", "0"], "a finite lr > 0"),
-        (["--lr", "-1"], "a finite lr > 0"),
-        (["--lr", "nan"], "a finite lr > 0"),
-        (["--lr", "inf"], "a finite lr > 0"),
+        (["--lr", "0"], "expected steps, lr,"),
+        (["--lr", "-1"], "expected steps, lr,"),
+        (["--lr", "nan"], "expected steps, lr,"),
+        (["--lr", "inf"], "expected steps, lr,"),
         (["--data", "no-such-folder"], "expected images below no-such-folder, found none"),
     ],
 )
@@ -2371,7 +2386,10 @@ def test_readme_counts_lines():
 def test_readme_flags_exist():
     parser = train.parse([])[0]
     flags = {flag for action in parser._actions for flag in action.option_strings}
-    assert set(re.findall(r"(?<![-|])--[a-z][a-z-]*", README)) - {"--nproc", "--tb"} <= flags
+    pytests = {"--tb"}
+    torchruns = {"--nproc", "--nnodes", "--standalone", "--max-restarts", "--rdzv"}  # up to an underscore
+    slurms = {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--requeue"}
+    assert set(re.findall(r"(?<![-|])--[a-z][a-z-]*", README)) - pytests - torchruns - slurms <= flags
 
 
 # ------------------------------------ The notebook ------------------------------------

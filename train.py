@@ -3,12 +3,12 @@
     python train.py                                       recipe demo: drawn scenes, minutes on a CPU
     python train.py --data DIR                            recipe paper, on every image below DIR
     torchrun --nproc_per_node=8 train.py --data DIR       the same on 8 GPUs; --batch is their total
-
-The same command continues a stopped run (on a CPU bit for bit); workers and ranks change no sample, crop or colour.
+    (any of them again)                                   continues a stopped run, on a CPU bit for bit
 """
 
 import argparse
 import copy
+import io
 import json
 import math
 import os
@@ -153,16 +153,16 @@ def load_image(path):
     """The RGB image that a viewer shows: upright, its first frame, without transparency, of 16 bits the upper 8."""
     image = ImageOps.exif_transpose(Image.open(path))
     if image.mode.startswith("I"):  # 16 bits
-        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
 
 
 class Samples:
     """Sample n of a run, a function of (seed, n): two views and boxes of an image of epoch n // len(images). images:
-    [count, 3, h, w] or paths; the next sample replaces one that cannot be read, and the file `unreadable` names it.
+    [count, 3, h, w] or paths; the next sample replaces one that cannot be read, and unreadable.txt in `out` names it.
     Raises OSError when these are all, or more than 10 and more than 1%."""
-    def __init__(self, images, views, seed, unreadable=Path("unreadable.txt")):
-        self.images, self.views, self.seed, self.unreadable, self.epoch = images, views, seed, unreadable, None
+    def __init__(self, images, views, seed, out=Path()):
+        self.images, self.views, self.seed, self.out, self.epoch = images, views, seed, out, None
 
     def __getitem__(self, n):
         epoch, place = divmod(n, len(self.images))
@@ -170,16 +170,16 @@ class Samples:
             self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.images))
         image = self.images[self.order[place]]
         try:
-            image = load_image(image) if isinstance(image, Path) else image
+            image = load_image(image) if isinstance(image, (str, Path)) else image
         except Exception:  # decoders raise many kinds
-            self.unreadable.touch()
-            known, name = self.unreadable.read_text().splitlines(), repr(str(image))
-            if len({*known, name}) > min(len(self.images) - 1, max(10, len(self.images) // 100)):
-                raise OSError(f"expected images, found too many that cannot be read: {', '.join([*known, name])}")
-            if name not in known:
-                with self.unreadable.open("a") as file:
+            with open(self.out / "unreadable.txt", "a+", encoding="utf-8") as file:
+                file.seek(0)
+                known, name = file.read().splitlines(), repr(str(image))
+                if name not in known:
                     print(name, file=file)
-                print(f"warning: cannot read {name}, {len(known) + 1} by now; the next sample replaces it", flush=True)
+                    print(f"warning: cannot read {name} ({len(known) + 1} by now), the next sample is used", flush=True)
+            if len({*known, name}) > min(len(self.images) - 1, max(10, len(self.images) // 100)):
+                raise OSError(f"expected images, found too many that cannot be read: {', '.join({*known, name})}")
             return self[n + 1]
         torch.default_generator.manual_seed(int(np.random.SeedSequence([self.seed, n]).generate_state(1)[0]))
         return self.views(image)
@@ -189,27 +189,27 @@ class Samples:
 class Run:
     """A pre-training run: data, model and optimizer, and how far it is (`step`: steps that are done)."""
     def __init__(self, args):
-        self.args, self.out, self.device = args, args.out, torch.device(args.device)
+        self.args, self.out, self.device = args, args.out.absolute(), torch.device(args.device)
         self.rank, self.ranks = 0, 1
         if "LOCAL_RANK" in os.environ:  # under torchrun
             if self.device.type == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             torch.distributed.init_process_group()  # NCCL for GPUs, gloo for CPUs
             self.rank, self.ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        files = Path(args.data).rglob("*") if args.data else []
-        paths = sorted(p for p in files if p.suffix.lower() in (*IMG_EXTENSIONS, ".gif") and p.name[0] != ".")
+        files = Path(args.data).absolute().rglob("[!.]*") if args.data else []
+        paths = [p for p in files if p.suffix.lower() in (*IMG_EXTENSIONS, ".gif") and self.out not in p.parents]
         if args.data and not paths:
             raise ValueError(f"expected images below {args.data}, found none")
-        self.images = paths or Scenes(SCENES, args.seed).images
+        self.images = np.array(sorted(map(str, paths))) if paths else Scenes(SCENES, args.seed).images
         if not 1 <= args.batch <= len(self.images) or args.batch % self.ranks:
             raise ValueError(f"expected a batch <= {len(self.images)}, a multiple of {self.ranks}, found {args.batch}")
         epoch = len(self.images) / args.batch  # in steps
         args.images, args.steps = len(self.images), round(args.epochs * epoch) if args.steps is None else args.steps
         args.warmup_steps = min(round(args.warmup_epochs * epoch), args.steps // 4)
         args.lr = args.batch / 256 if args.lr is None else args.lr
-        found = [args.steps, args.lr, args.seed, args.workers]
-        if args.steps < 1 or not 0 < args.lr < math.inf or args.seed < 0 or args.workers < 0:
-            raise ValueError(f"expected steps > 0, a finite lr > 0, seed and workers >= 0, found {found}")
+        found = [args.steps, args.lr, args.loss_scale, args.hidden_dim, args.warmup_steps, args.seed, args.workers]
+        if not all(0 < value < math.inf for value in found[:4]) or min(found[4:]) < 0:
+            raise ValueError(f"expected steps, lr, loss scale, width > 0, warm-up, seed, workers >= 0; found {found}")
         args.amp = auto_amp(self.device) if args.amp == "auto" else args.amp
         self.settings = {name: value for name, value in vars(args).items() if name not in FREE}
         torch.manual_seed(args.seed)
@@ -219,6 +219,7 @@ class Run:
             raise ValueError(f"expected a size that makes a map of at least 2 x 2, found {args.size}")
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net) if self.ranks > 1 and "cuda" in args.device else net
         self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "unreadable.txt").unlink(missing_ok=True)  # begun anew; DDP, below, waits for all ranks
         self.core = net.to(self.device, memory_format=torch.channels_last)
         self.model = torch.nn.parallel.DistributedDataParallel(net) if self.ranks > 1 else net
         self.model = torch.compile(self.model) if args.compile else self.model
@@ -231,12 +232,12 @@ class Run:
         share, pin = args.batch // self.ranks, self.device.type == "cuda"
         firsts = range(self.step * args.batch + self.rank * share, args.steps * args.batch, args.batch)
         batches = [range(first, first + share) for first in firsts]  # step k: samples k * batch to (k + 1) * batch - 1
-        samples = Samples(self.images, TwoViews(args.size), args.seed, self.out / "unreadable.txt")
+        samples = Samples(self.images, TwoViews(args.size), args.seed, self.out)
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
         if self.rank == 0:
             with open(self.out / "metrics.jsonl", "a") as file:
                 file.truncate(min(file.tell(), self.recorded))
-            print(f"{self.out}: {args.arch} on {args.images} images, {args.device}, {args.amp}, from step {self.step}")
+            print(f"{args.out}: {args.arch} on {args.images} images, {args.device}, {args.amp}, from step {self.step}")
         self.printed, self.printed_step, self.saved = time.monotonic(), self.step, time.monotonic()
         for batch in DataLoader(samples, batch_sampler=batches, num_workers=args.workers, pin_memory=pin):
             batch = [tensor.to(self.device, non_blocking=True) for tensor in batch]
@@ -262,7 +263,7 @@ class Run:
         outputs = (outputs / self.ranks).cpu()  # the one place that waits for the GPU
         for step, loss in enumerate(outputs[:, 0], self.step - len(outputs) + 1):
             if not loss.isfinite():
-                raise FloatingPointError(f"the loss of step {step} is {loss}")
+                raise FloatingPointError(f"the loss of step {step} is {loss} (try a lower --lr, with another --out)")
         if self.rank > 0:
             return
         args, lr = self.args, self.optimizer.param_groups[0]["lr"]
@@ -280,7 +281,7 @@ class Run:
             print(line, end="" if live and not finished else "\n", flush=True)
             self.printed, self.printed_step = now, self.step
         if finished or now - self.saved > SAVE_SECONDS:
-            if not all(p.isfinite().all() for p in self.core.parameters()):
+            if not all(tensor.isfinite().all() for tensor in self.core.state_dict().values()):
                 raise FloatingPointError(f"weights are not finite at step {self.step}")
             states = {name: getattr(self, name).state_dict() for name in ("core", "optimizer", "scaler")}
             size = (self.out / "metrics.jsonl").stat().st_size
@@ -307,9 +308,8 @@ class Run:
         """Probe and picture, before and after training; backbone.pt comes last and marks the run as complete."""
         args, initial, trained = self.args, self.initial.to(self.device), self.core.backbone
         if args.data:
-            whole = v2.Compose([v2.PILToTensor(), TwoViews(2 * args.size, scale=(1, 1)).crop])
-            samples = Samples(self.images, whole, args.seed, self.out / "unreadable.txt")
-            images = torch.stack([samples[n][0] for n in range(min(8, args.images))])
+            samples = Samples(self.images, lambda image: ImageOps.fit(image, [2 * args.size] * 2), args.seed, self.out)
+            images = torch.stack([v2.functional.pil_to_tensor(samples[n]) for n in range(min(8, args.images))])
         else:
             scenes, held_out = (Scenes(PROBE_SCENES, args.seed, SCENES + n * PROBE_SCENES) for n in (0, 1))
             before, after = (linear_probe(backbone, scenes, held_out) for backbone in (initial, trained))
@@ -322,8 +322,8 @@ class Run:
 
     def save(self, name, state):
         """torch.save, whole or not at all: written beside and renamed."""
-        with open(self.out / "writing.tmp", "wb") as file:  # a file raises OSError where the disk is full
-            torch.save(state, file)
+        torch.save(state, buffer := io.BytesIO())  # into a file it would hide the OSError of a full disk
+        (self.out / "writing.tmp").write_bytes(buffer.getbuffer())
         os.replace(self.out / "writing.tmp", self.out / name)
 
 
@@ -365,8 +365,8 @@ def save_picture(path, images, *backbones):
     rows = [images / 255]
     for backbone in backbones:
         maps = frozen_features(backbone, images).cpu().permute(0, 2, 3, 1)  # [N, C, H, W] -> [N, H, W, C]
-        scores = torch.pca_lowrank(maps.flatten(0, 2), 3)[0]  # [NHW, C] -> [NHW, 3]
-        scores = scores.view(*maps.shape[:3], 3).permute(0, 3, 1, 2)  # [NHW, 3] -> [N, 3, H, W]
+        left = torch.linalg.svd((maps - maps.mean((0, 1, 2))).flatten(0, 2), full_matrices=False)[0]  # [NHW, C]
+        scores = left[:, :3].view(*maps.shape[:3], 3).permute(0, 3, 1, 2)  # [NHW, 3] -> [N, 3, H, W]
         colours = torch.sigmoid(1.3 * scores / scores.std((0, 2, 3), keepdim=True))
         rows.append(F.interpolate(colours, images.shape[2:]))  # [N, 3, H, W] -> [N, 3, h, w]
     save_image(torch.cat(rows), path, nrow=len(images), padding=4, pad_value=1.0)
@@ -398,17 +398,17 @@ def parse(argv):
 def main(argv=None):
     parser, args = parse(argv)
     try:
-        run = Run(args)
-    except (ValueError, RuntimeError, OSError, OverflowError) as error:
-        parser.error(str(error))
-    try:
+        try:
+            run = Run(args)
+        except (ValueError, RuntimeError, OSError, OverflowError, AssertionError) as error:
+            parser.error(str(error).splitlines()[0])
         if run.step < args.steps or not (args.out / "backbone.pt").exists():
             run.train()
             if run.rank == 0:
                 run.finish()
     except (KeyboardInterrupt, FloatingPointError, OSError) as error:  # OSError: a full disk, no image
         reason = (str(error) or "interrupted").splitlines()[-1].removeprefix("OSError: ")  # behind a loader's traceback
-        sys.exit(f"\ntrain.py: {reason}; the same command continues from the last checkpoint in {args.out}")
+        sys.exit(f"\ntrain.py: {reason}; the same command continues from what is saved in {args.out}")
     if run.rank == 0:
         print(f"complete: {args.steps} steps; {args.out} has last.pt, backbone.pt, metrics.jsonl and features.png")
     if run.ranks > 1:
