@@ -1632,8 +1632,6 @@ def test_train_on_two_ranks(photographs, tmp_path):
     one, two = metrics(tmp_path / "one")[0], metrics(tmp_path / "two")[0]
     assert two["positives"] == pytest.approx(one["positives"])  # the same samples and crops
     assert two["loss"] == pytest.approx(one["loss"], abs=0.2)  # BatchNorm saw half batches: near, not equal
-    again = torchrun(2, tmp_path / "two", *flags)
-    assert again.returncode == 0 and again.stdout.count("complete: 2 steps") == 1
 
 
 DYING_SCRIPT = """
@@ -1664,6 +1662,7 @@ def test_train_continues_with_other_ranks_and_after_one_has_died(photographs, tm
     environment = {**os.environ, "PYTHONPATH": str(HERE), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0 and (tmp_path / "marker").exists(), done.stderr
+    assert done.stdout.count("complete: 6 steps") == 1
     starts = [int(step) for step in re.findall(r"from step (\d+)", done.stdout)]
     assert starts[0] == 2 and 3 <= starts[1] <= 4 and len(starts) == 2
     one, other = metrics(tmp_path / "whole"), metrics(tmp_path / "out")
