@@ -11,7 +11,7 @@ symbol      name                         shape          what it is (N: batch; pi
 x           x                            [N, C, H, W]   map of the online encoder (backbone and projector)
 x'          x_prime                      [N, C, H, W]   map of the momentum encoder for the other view
 y           y                            [N, C, H, W]   x after propagation
-A, T        positives, threshold         [N, HW, HW]    bool, this view's pixels x the other's; T in bin diagonals
+A, T        positives, threshold         [N, HW, HW]    bool, rows this view, columns the other; T in bin diagonals
 s, gamma    s, gamma                     [N, HW, HW]    similarity within one map, and its exponent
 g           PixelPropagation.transform   module         num_layers 1x1 convolutions
 tau, alpha  temperature, instance_weight numbers        of Eq. 2 and of Eq. 6
@@ -91,7 +91,7 @@ def random_hue(view):
     (r, g, b), top, chroma = view, view.amax(0), view.amax(0) - view.amin(0) + 1e-8  # [h, w] each
     hue = torch.where(top == r, (g - b) / chroma, torch.where(top == g, 2 + (b - r) / chroma, 4 + (r - g) / chroma))
     hue = hue + torch.empty(()).uniform_(-0.6, 0.6) - torch.tensor([0.0, 2.0, 4.0])[:, None, None]  # [3, h, w]
-    return top - chroma * ((hue - 6 * (hue / 6).round()).abs() - 1).clamp(0, 1)  # |hue|: from red, green, blue
+    return top - chroma * ((hue - 6 * (hue / 6).round()).abs() - 1).clamp(0, 1)  # |hue|: to red, green, blue
 
 
 def random_blur(view):

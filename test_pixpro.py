@@ -1233,14 +1233,14 @@ def test_train_continues_without_metrics(photographs, tmp_path, monkeypatch):
     assert [record["step"] for record in metrics(tmp_path / "out")] == [3]
 
 
-def tench(height=40, width=60):
-    """A picture with something in each quarter, so that turning and scaling show: uint8 [height, width, 3]."""
+def gradients(height=40, width=60):
+    """Red grows downward, green to the right, so that turning and scaling show: uint8 [height, width, 3]."""
     y, x = np.mgrid[:height, :width]
     return np.stack([255 * y // height, 255 * x // width, 128 + 0 * x], 2).astype(np.uint8)
 
 
 def test_train_reads_every_kind_of_image_as_what_it_shows(tmp_path):
-    image = PIL.Image.fromarray(tench())
+    image = PIL.Image.fromarray(gradients())
     gray, rgb = image.convert("L"), np.asarray(image)
     turned = PIL.Image.Exif()
     turned[0x0112] = 6  # orientation: to be turned by 90 degrees
@@ -1317,7 +1317,7 @@ def samples_order(paths):
 @pytest.mark.parametrize("good, bad", [(30, 11), (0, 3)])
 def test_train_stops_when_too_much_cannot_be_read(tmp_path, good, bad):
     for number in range(good):
-        PIL.Image.fromarray(tench()).save(tmp_path / f"{number}.png")
+        PIL.Image.fromarray(gradients()).save(tmp_path / f"{number}.png")
     for number in range(bad):
         (tmp_path / f"bad {number}.png").write_text("no image")
     with pytest.raises(SystemExit, match="train.py: expected images, found too many that cannot be read: ") as stop:
@@ -2438,20 +2438,24 @@ def compare_views(folder, rounds=5):
     """Images a second on one core, decoding included: TwoViews beside the same operations with PIL alone."""
     torch.set_num_threads(1)
     paths = sorted(path for path in Path(folder).rglob("*.jpg"))[:200]
-    kinds = {"TwoViews": train.Samples(paths, TwoViews(224), 0), "PIL": PilViews(224)}
+    samples, pil_views = train.Samples(paths, TwoViews(224), 0), PilViews(224)
+    kinds = {
+        "TwoViews": lambda n: samples[n],
+        "PIL": lambda n: pil_views(PIL.Image.open(paths[n]).convert("RGB")),
+    }
     speeds = {name: [] for name in kinds}
     for k in range(rounds):
         for name in sorted(kinds, reverse=k % 2):  # alternating
             start = time.perf_counter()
-            for n, path in enumerate(paths):
-                kinds[name][n] if name == "TwoViews" else kinds[name](PIL.Image.open(path).convert("RGB"))
+            for n in range(len(paths)):
+                kinds[name](n)
             speeds[name].append(len(paths) / (time.perf_counter() - start))
     ours, pil = (statistics.median(speeds[name]) for name in ("TwoViews", "PIL"))
     print(f"TwoViews {ours:.0f}, PIL {pil:.0f} images/s, ratio {ours / pil:.2f}")
 
 
 def compare_step(arch, layer, size, batch, amp, rounds=10):
-    """A whole training step beside its networks alone: two passes with gradients and two without, and their backward."""
+    """A whole training step beside its networks alone: two passes with gradients and backward, two without."""
     model = PixPro(Backbone(arch, layer)).to(memory_format=torch.channels_last)
     optimizer = train.LARS([p for p in model.parameters() if p.requires_grad], 1.0)
     views, (box_1, box_2) = torch.randn(2, batch, 3, size, size), 60 * torch.rand(2, batch, 4)
