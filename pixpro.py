@@ -1,133 +1,178 @@
 """PixPro, the whole method in one file: pixel-level consistency for unsupervised pre-training.
 
-"Propagate Yourself", Xie, Lin, Zhang, Cao, Lin, Hu; CVPR 2021; arXiv 2011.10043. In the paper's order:
-1. Two random crops of an image become two views; each remembers its box in the image (Sec. 3.1).
-2. A "pixel" is a cell of the encoder's map. Pixels of both views that lie close in the image are positives (Eq. 1).
-3. PixContrast is InfoNCE over the pixels of one image (Eq. 2). PixPro has no negatives: the online map, smoothed by
-   the pixel propagation module (Eq. 3, 4), is pulled towards the other view's map from a momentum encoder (Eq. 5).
-4. An instance-level loss may share the backbone (Eq. 6); a head network's levels may share the loss (Sec. 3.3).
+"Propagate Yourself: Exploring Pixel-Level Consistency for Unsupervised Visual Representation
+Learning", Xie, Lin, Zhang, Cao, Lin, Hu; CVPR 2021; arXiv 2011.10043. In the paper's order:
 
-symbol      name                         shape          what it is (N: batch; pixel i = row * W + column)
-x           x                            [N, C, H, W]   map of the online encoder (backbone and projector)
-x'          x_prime                      [N, C, H, W]   map of the momentum encoder for the other view
-y           y                            [N, C, H, W]   x after propagation
-A, T        positives, threshold         [N, HW, HW]    bool, rows this view, columns the other; T in bin diagonals
-s, gamma    s, gamma                     [N, HW, HW]    similarity within one map, and its exponent
-g           PixelPropagation.transform   module         num_layers 1x1 convolutions
-tau, alpha  temperature, instance_weight numbers        of Eq. 2 and of Eq. 6
-m           m, momentum_at               number         share of itself that the momentum encoder keeps
+Sec. 3.1  Two random crops of an image become two views, which keep their boxes in the image.
+Eq. 1     A "pixel" is a cell of a feature map. Pixels of the two views that lie close together in
+          the image are positive pairs.
+Eq. 2     PixContrast, the baseline, is InfoNCE over the pixels of one image.
+Eq. 3-5   PixPro has no negatives. The online encoder's map, smoothed by the pixel propagation
+          module, is pulled towards the momentum encoder's map of the other view.
+Eq. 6     An instance-level loss can share the backbone.
+Sec. 3.3  The levels of a head network can share the loss.
 
-The paper overrules the authors' code: Eq. 1 has <=, not <, and measures in the image, not on axes normalised one by
-one; the loss is Eq. 5, not twice it; images without positives are left out, not counted as 0; s is 0 for cosines <= 0;
-heads are 2048 wide, not 4096; PixContrast exists. The code decides where the paper is silent (g(x_j) is normalised in
-Eq. 3, the larger of two bin diagonals counts in Eq. 1), and once where it is not: no negatives in the instance loss.
+symbol      name                          shape         meaning (pixel i = row * W + column)
+x           x                             [N, C, H, W]  map of the online encoder
+x'          x_prime                       [N, C, H, W]  map of the momentum encoder, other view
+y           y                             [N, C, H, W]  x after propagation
+A           positives, A_12               [N, HW, HW]   bool; rows: this view, columns: the other
+T           threshold                     number        largest distance, in bin diagonals
+s, gamma    s, gamma                      [N, HW, HW]   similarity within a map, its exponent
+g           PixelPropagation.transform    module        num_layers 1x1 convolutions
+tau, alpha  temperature, instance_weight  numbers       of Eq. 2 and of Eq. 6
+m           m, momentum_at                number        EMA decay of the momentum encoder
+
+The paper decides; where it is silent, the authors' code does. Different from the authors' code:
+- Eq. 1 has <=, not <.
+- Eq. 1 measures distances in the image, not on axes normalised one by one.
+- The loss is Eq. 5, not twice Eq. 5.
+- Images without positive pairs are left out of the mean, not counted as 0.
+- s is exactly 0 for cosines <= 0, also for gamma < 1.
+- The heads are 2048 wide, not 4096.
+- PixContrast (Eq. 2) exists.
+Different from the paper, as in the authors' code:
+- The instance-level loss has no negatives.
 """
 
-import argparse
 import copy
-import difflib
 import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import torchvision.models
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torchvision import models, ops
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms import v2
 
 # ------------------------------------ Views (Sec. 3.1) ------------------------------------
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's RGB values in [0, 1]
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet's RGB values in [0, 1]
+STD = (0.229, 0.224, 0.225)
 
 
 class TwoViews:
-    """Two random views of an image, and where they lie in it (Sec. 3.1; colours of BYOL, as in the authors' code).
+    """Two random views of an image and their boxes in it (Sec. 3.1).
 
-    Takes an RGB uint8 tensor [3, H, W] or a PIL image, else raises TypeError or ValueError. Returns view_1, view_2:
-    float [3, size, size], normalised by MEAN and STD; and box_1, box_2: [4] = (x0, y0, x1, y1), the crop's edges in
-    pixels of the image, x0 > x1 for a mirrored view. Draws from torch's global generator.
+    Takes an RGB uint8 tensor [3, H, W] or a PIL image, else raises TypeError or ValueError.
+    Returns view_1, view_2: float [3, size, size], normalised by MEAN and STD; and box_1, box_2:
+    [4] = (x0, y0, x1, y1), the crop's edges in pixels of the image, x0 > x1 in a mirrored view.
+    `scale` bounds a crop's share of the image. Colours as in BYOL. Draws from torch's generator.
     """
 
     def __init__(self, size=224, scale=(0.08, 1.0)):
-        self.size, self.scale = size, scale
+        self.size = size
+        self.scale = scale
         self.colour_1 = random_colour(blur=1.0, solarize=0.0)
         self.colour_2 = random_colour(blur=0.1, solarize=0.2)
 
     def __call__(self, image):
-        image = v2.functional.pil_to_tensor(image.convert("RGB")) if hasattr(image, "convert") else image  # from PIL
+        if hasattr(image, "convert"):  # a PIL image
+            image = v2.functional.pil_to_tensor(image.convert("RGB"))  # [3, H, W]
         if not torch.is_tensor(image) or image.dtype != torch.uint8:
-            raise TypeError(f"expected a uint8 tensor or PIL image, found {type(image)} {getattr(image, 'dtype', '')}")
-        if image.dim() != 3 or image.shape[0] != 3:
+            raise TypeError(f"expected uint8 or PIL, found {getattr(image, 'dtype', type(image))}")
+        if image.dim() != 3 or len(image) != 3:
             raise ValueError(f"expected an RGB image [3, H, W], found {list(image.shape)}")
-        (view_1, box_1), (view_2, box_2) = self.crop(image), self.crop(image)
+        view_1, box_1 = self.crop(image)
+        view_2, box_2 = self.crop(image)
         return self.colour_1(view_1), self.colour_2(view_2), box_1, box_2
 
     def crop(self, image):
-        """A random crop, resized and half of the time mirrored: [3, H, W] -> view [3, size, size], box [4]."""
-        top, left, height, width = v2.RandomResizedCrop.get_params(image, self.scale, ratio=(3 / 4, 4 / 3))
-        view = v2.functional.resized_crop(image, top, left, height, width, [self.size, self.size])  # [3, size, size]
+        """A random crop, resized, mirrored half of the time: [3, H, W] -> [3, size, size], [4]."""
+        crop = v2.RandomResizedCrop.get_params(image, self.scale, ratio=(3 / 4, 4 / 3))
+        view = v2.functional.resized_crop(image, *crop, [self.size, self.size])  # [3, size, size]
+
+        top, left, height, width = crop
         box = torch.tensor([left, top, left + width, top + height], dtype=torch.float32)  # [4]
         if torch.rand(()) < 0.5:
-            view, box = v2.functional.horizontal_flip(view), box[[2, 1, 0, 3]]
+            view = v2.functional.horizontal_flip(view)
+            box = box[[2, 1, 0, 3]]  # x0 and x1 change places
         return view, box
 
 
 def random_colour(blur, solarize):
-    """Colour changes with these probabilities of blur and solarisation, then normalisation."""
-    jitter = [v2.ColorJitter(brightness=0.4), v2.ColorJitter(contrast=0.4), v2.ColorJitter(saturation=0.2), random_hue]
-    return v2.Compose([
+    """Random colours, with these probabilities of blur and of solarisation, then normalisation."""
+    jitter = [
+        v2.ColorJitter(brightness=0.4),
+        v2.ColorJitter(contrast=0.4),
+        v2.ColorJitter(saturation=0.2),
+        random_hue,
+    ]
+    steps = [
         v2.ToDtype(torch.float32, scale=True),
         v2.RandomApply([v2.RandomOrder(jitter)], p=0.8),
         v2.RandomGrayscale(p=0.2),
         v2.RandomApply([random_blur], p=blur),
         v2.RandomSolarize(threshold=128 / 255, p=solarize),
         v2.Normalize(MEAN, STD),
-    ])
+    ]
+    return v2.Compose(steps)
 
 
 def random_hue(view):
-    """v2.functional.adjust_hue of a float view by U(-0.1, 0.1), three times as fast; hues are sixths of the circle."""
-    (r, g, b), top, chroma = view, view.amax(0), view.amax(0) - view.amin(0) + 1e-8  # [h, w] each
-    hue = torch.where(top == r, (g - b) / chroma, torch.where(top == g, 2 + (b - r) / chroma, 4 + (r - g) / chroma))
-    hue = hue + torch.empty(()).uniform_(-0.6, 0.6) - torch.tensor([0.0, 2.0, 4.0])[:, None, None]  # [3, h, w]
-    return top - chroma * ((hue - 6 * (hue / 6).round()).abs() - 1).clamp(0, 1)  # |hue|: to red, green, blue
+    """v2.functional.adjust_hue of a float view by U(-0.1, 0.1), three times as fast."""
+    r, g, b = view  # [h, w] each
+    value = view.amax(0)
+    chroma = value - view.amin(0) + 1e-8
+
+    # The hue in sixths of the circle: red is 0, green 2, blue 4.
+    hue = torch.where(value == g, 2 + (b - r) / chroma, 4 + (r - g) / chroma)
+    hue = torch.where(value == r, (g - b) / chroma, hue)
+    hue = hue + torch.empty(()).uniform_(-0.6, 0.6)
+
+    # Each channel by the distance of its own hue: bright up to one sixth, dark from two on.
+    distance = hue - torch.tensor([0.0, 2.0, 4.0])[:, None, None]  # [h, w] -> [3, h, w]
+    distance = (distance - 6 * (distance / 6).round()).abs()  # the shorter way round
+    return value - chroma * (distance - 1).clamp(0, 1)  # [3, h, w]
 
 
 def random_blur(view):
-    """Gaussian blur with sigma ~ U(0.1, 2) pixels: along the columns, then along the rows."""
+    """Gaussian blur with sigma ~ U(0.1, 2) pixels, in two passes: 14 times as fast as one."""
     sigma = torch.empty(()).uniform_(0.1, 2.0).item()
     taps = 2 * math.ceil(3 * sigma) + 1
-    return v2.functional.gaussian_blur(v2.functional.gaussian_blur(view, [1, taps], sigma), [taps, 1], sigma)
+    view = v2.functional.gaussian_blur(view, [1, taps], sigma)  # along the columns
+    return v2.functional.gaussian_blur(view, [taps, 1], sigma)  # along the rows
 
 
 # ------------------------------------ Eq. 1: positive pairs ------------------------------------
 def positive_pairs(box_1, box_2, size, threshold=0.7):
     """Eq. 1: A(i, j) = 1 if dist(i, j) <= T, else 0.
 
-    dist: between the centres of the bins i and j in the image, divided by the diagonal of a bin, the larger of the two.
-    box_1, box_2: [N, 4] = (x0, y0, x1, y1) in any unit of length, x0 > x1 for a mirrored view. size: (H, W) of the map.
-    Returns bool [N, HW, HW]: row i of view 1, column j of view 2. Raises ValueError for other boxes, no map, T < 0.
+    dist(i, j) is the distance in the image between the centres of bin i of view 1 and bin j of
+    view 2, divided by the larger of the two views' bin diagonals.
+
+    box_1, box_2: [N, 4] = (x0, y0, x1, y1) in any unit of length, x0 > x1 in a mirrored view.
+    size: (H, W) of the map. Returns bool [N, HW, HW]: rows view 1, columns view 2.
+    Raises ValueError for boxes of other shapes and for T < 0.
     """
     if box_1.shape != box_2.shape or box_1.dim() != 2 or box_1.shape[1] != 4:
-        raise ValueError(f"expected two boxes [N, 4], found {list(box_1.shape)} and {list(box_2.shape)}")
-    if min(size) < 1 or not threshold >= 0:
-        raise ValueError(f"expected size >= (1, 1) and threshold >= 0, found {tuple(size)} and {threshold}")
+        raise ValueError(
+            f"expected boxes [N, 4], found {list(box_1.shape)} and {list(box_2.shape)}"
+        )
+    if not threshold >= 0:
+        raise ValueError(f"expected threshold >= 0, found {threshold}")
+
     centres_1, diagonal_1 = bin_centres(box_1, size)
     centres_2, diagonal_2 = bin_centres(box_2, size)
-    distance = torch.cdist(centres_1, centres_2, compute_mode="donot_use_mm_for_euclid_dist")  # [N, HW, HW]
-    return distance <= threshold * torch.maximum(diagonal_1, diagonal_2)[:, :, None]  # Eq. 1; [N, 1] -> [N, 1, 1]
+    larger_diagonal = torch.maximum(diagonal_1, diagonal_2)[:, :, None]  # [N, 1] -> [N, 1, 1]
+
+    # [N, HW, HW]; the other modes of cdist round too much at a distance of exactly T.
+    distance = torch.cdist(centres_1, centres_2, compute_mode="donot_use_mm_for_euclid_dist")
+    return distance <= threshold * larger_diagonal  # Eq. 1
 
 
 def bin_centres(box, size):
-    """Centres (x, y) of the H x W bins of a box [N, 4]: [N, HW, 2]; and the diagonal of a bin: [N, 1]."""
+    """Box [N, 4] -> centres (x, y) of its H x W bins [N, HW, 2], and a bin's diagonal [N, 1]."""
     H, W = size
     x0, y0, x1, y1 = box.float().split(1, dim=1)  # [N, 4] -> 4 of [N, 1]
-    width, height = (x1 - x0) / W, (y1 - y0) / H  # of a bin; a mirrored one has a negative width
+    width = (x1 - x0) / W  # of a bin; negative in a mirrored view
+    height = (y1 - y0) / H
     x = x0 + width * (torch.arange(W, device=box.device) + 0.5)  # [N, W]
     y = y0 + height * (torch.arange(H, device=box.device) + 0.5)  # [N, H]
-    grid = torch.broadcast_tensors(x[:, None, :], y[:, :, None])  # [N, 1, W] and [N, H, 1] -> 2 of [N, H, W]
-    return torch.stack(grid, 3).flatten(1, 2), torch.hypot(width, height)  # [N, H, W, 2] -> [N, HW, 2]
+
+    grid = torch.broadcast_tensors(x[:, None, :], y[:, :, None])  # [N, H, W] each
+    centres = torch.stack(grid, dim=3).flatten(1, 2)  # [N, H, W, 2] -> [N, HW, 2]
+    return centres, torch.hypot(width, height)
 
 
 # ------------------------------------ Eq. 2: PixContrast ------------------------------------
@@ -135,44 +180,54 @@ def pixcontrast_loss(x, x_prime, positives, temperature=0.3):
     """Eq. 2, from one view to the other:
 
     L_Pix(i) = -log [ sum_{j in P} e^(cos(x_i, x'_j) / tau) / sum_j e^(cos(x_i, x'_j) / tau) ]
-    j: the pixels of the other view, P: those that Eq. 1 makes positive for i, the others being its negatives. Mean
-    over the pixels i that have a positive, then over the images that have such pixels; 0 if none has.
-    x, x_prime: [N, C, H, W], no gradient into x_prime; positives: bool [N, HW, HW]. Returns a scalar >= 0.
-    Raises ValueError or TypeError for inputs that do not fit, ValueError for temperature <= 0.
+
+    j: the pixels of the other view of the same image; P: those that Eq. 1 makes positive for i.
+    Mean over the pixels i with a positive, then over the images with such pixels; 0 without any.
+
+    x, x_prime: [N, C, H, W], no gradient into x_prime. positives: bool [N, HW, HW]. Returns a
+    scalar >= 0. Raises ValueError or TypeError for inputs that do not fit, or temperature <= 0.
     """
     check_maps(x, x_prime, positives)
     if not temperature > 0:
         raise ValueError(f"expected temperature > 0, found {temperature}")
+
     logits = pixel_cosine(x, x_prime.detach()) / temperature  # [N, HW, HW]
-    matched = positives.any(2)  # [N, HW, HW] -> [N, HW]
-    left_out = ~positives & matched[:, :, None]  # a row without positives stays whole: log 1, where log 0 gave nan
-    log_positive = logits.masked_fill(left_out, -math.inf).logsumexp(2)  # [N, HW, HW] -> [N, HW]
+
+    # Rows without positives stay unmasked, so their loss is 0 and not NaN; the mean skips them.
+    has_positive = positives.any(2)  # [N, HW, HW] -> [N, HW]
+    masked = ~positives & has_positive[:, :, None]  # [N, HW, HW]
+
+    log_positive = logits.masked_fill(masked, -math.inf).logsumexp(2)  # [N, HW, HW] -> [N, HW]
     log_all = logits.logsumexp(2)  # [N, HW, HW] -> [N, HW]
-    return mean_over_images(log_all - log_positive, matched)  # Eq. 2
+    return mean_over_images(log_all - log_positive, has_positive)  # Eq. 2
 
 
 def pixel_cosine(x, x_prime):
-    """cos(x_i, x'_j) for all pixels of two maps [N, C, H, W] -> [N, HW, HW]; in float32 under autocast too."""
+    """cos(x_i, x'_j) of two maps [N, C, H, W] -> [N, HW, HW], in float32 under autocast too."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
-        x, x_prime = [F.normalize(m.to(dtype).flatten(2), dim=1) for m in (x, x_prime)]  # [N, C, H, W] -> [N, C, HW]
+        x = F.normalize(x.to(dtype).flatten(2), dim=1)  # [N, C, H, W] -> [N, C, HW]
+        x_prime = F.normalize(x_prime.to(dtype).flatten(2), dim=1)  # [N, C, H, W] -> [N, C, HW]
         return x.transpose(1, 2) @ x_prime  # [N, HW, C] @ [N, C, HW] -> [N, HW, HW]
 
 
 def mean_over_images(value, mask):
-    """Mean of value [N, ...] where mask [N, ...] holds, then over the images where it does anywhere; else 0."""
+    """Mean of value [N, ...] where mask is True, per image, then over images with any; else 0."""
     count = mask.flatten(1).sum(1)  # [N, ...] -> [N]
     total = (value * mask).flatten(1).sum(1)  # [N, ...] -> [N]
-    return (total / count.clamp(min=1)).sum() / (count > 0).sum().clamp(min=1)
+    mean = total / count.clamp(min=1)
+    return mean.sum() / (count > 0).sum().clamp(min=1)
 
 
 def check_maps(x, x_prime, positives):
-    """ValueError or TypeError unless x and x_prime are maps [N, C, H, W] and positives is bool [N, HW, HW]."""
+    """Raises an error unless x, x_prime are maps [N, C, H, W] and positives bool [N, HW, HW]."""
     if x.dim() != 4 or x_prime.dim() != 4 or x.shape[:2] != x_prime.shape[:2]:
-        raise ValueError(f"expected two maps [N, C, H, W], found {list(x.shape)} and {list(x_prime.shape)}")
-    pairs = [len(x), x.shape[2:].numel(), x_prime.shape[2:].numel()]
+        raise ValueError(
+            f"expected maps [N, C, H, W], found {list(x.shape)}, {list(x_prime.shape)}"
+        )
+    pairs = [len(x), x.shape[2:].numel(), x_prime.shape[2:].numel()]  # [N, HW, HW]
     if list(positives.shape) != pairs:
-        raise ValueError(f"expected positives {pairs} for these maps, found {list(positives.shape)}")
+        raise ValueError(f"expected positives {pairs} for the maps, found {list(positives.shape)}")
     if positives.dtype != torch.bool:
         raise TypeError(f"expected positives of torch.bool, found {positives.dtype}")
 
@@ -181,240 +236,289 @@ def check_maps(x, x_prime, positives):
 class PixelPropagation(nn.Module):
     """The pixel propagation module (PPM): x [N, dim, H, W] -> y [N, dim, H, W].
 
-    Eq. 3: y_i = sum_j s(x_i, x_j) g(x_j), over all pixels j of the map, i included
+    Eq. 3: y_i = sum_j s(x_i, x_j) g(x_j), over all pixels j of the same map, i included
     Eq. 4: s(x_i, x_j) = max(cos(x_i, x_j), 0) ^ gamma
 
-    g is `transform`: num_layers 1x1 convolutions with BatchNorm and ReLU between two of them, or the identity; g(x_j)
-    is L2-normalised, as in the authors' code. Raises ValueError for gamma <= 0, num_layers < 0, another map.
+    `transform` is g: num_layers 1x1 convolutions, BatchNorm and ReLU between them, or the
+    identity; g(x_j) is L2-normalised, as in the authors' code. Raises ValueError for gamma <= 0,
+    num_layers < 0, or a map of another shape.
     """
 
     def __init__(self, dim=256, gamma=2.0, num_layers=1):
         super().__init__()
         if not gamma > 0 or num_layers < 0:
-            raise ValueError(f"expected gamma > 0 and num_layers >= 0, found {gamma} and {num_layers}")
-        self.dim, self.gamma = dim, gamma
-        layers = [nn.Conv2d(dim, dim, 1)] if num_layers else []
-        for _ in range(num_layers - 1):
-            layers += [nn.BatchNorm2d(dim), nn.ReLU(inplace=True), nn.Conv2d(dim, dim, 1)]
-        self.transform = nn.Sequential(*layers)
+            raise ValueError(f"expected gamma > 0, num_layers >= 0, found {gamma}, {num_layers}")
+        self.dim = dim
+        self.gamma = gamma
+        layers = []
+        for _ in range(num_layers):
+            layers += [nn.Conv2d(dim, dim, 1), nn.BatchNorm2d(dim), nn.ReLU(inplace=True)]
+        self.transform = nn.Sequential(*layers[:-2])  # it ends with a convolution
 
-    def forward(self, x, g=None):  # g: transform(x), where it is known already
+    def forward(self, x):
         if x.dim() != 4 or x.shape[1] != self.dim:
             raise ValueError(f"expected a map [N, {self.dim}, H, W], found {list(x.shape)}")
-        g = self.transform(x) if g is None else g  # [N, dim, H, W]
-        s = F.relu(pixel_cosine(x, x)).pow(self.gamma)  # Eq. 4, [N, HW, HW]; relu also stops a root's slope at 0
-        g = F.normalize(g.flatten(2), dim=1)  # [N, dim, H, W] -> [N, dim, HW]
-        y = g @ s.to(g.dtype)  # Eq. 3, s being symmetric: [N, dim, HW] @ [N, HW, HW] -> [N, dim, HW]
+
+        # relu is the max of Eq. 4. Its gradient is 0 at 0, where that of a root is infinite.
+        s = F.relu(pixel_cosine(x, x)).pow(self.gamma)  # Eq. 4, [N, HW, HW]
+
+        g = self.transform(x).flatten(2)  # [N, dim, H, W] -> [N, dim, HW]
+        g = F.normalize(g, dim=1)
+        y = g @ s.to(g.dtype)  # Eq. 3, s is symmetric: [N, dim, HW] @ [N, HW, HW] -> [N, dim, HW]
         return y.unflatten(2, x.shape[2:])  # [N, dim, HW] -> [N, dim, H, W]
 
 
 # ------------------------------------ Eq. 5 and 6: consistency ------------------------------------
 def consistency_loss(y, x_prime, positives):
-    """Eq. 5, from one view to the other: -cos(y_i, x'_j); Eq. 5 itself is the sum of both directions.
+    """Eq. 5, from one view to the other: -cos(y_i, x'_j). Eq. 5 is the sum of both directions.
 
-    Mean over the positive pairs (i, j) of an image, then over the images that have any; 0 if none has.
-    y, x_prime: [N, C, H, W], no gradient into x_prime; positives: bool [N, HW, HW]. Returns a scalar in [-1, 1].
-    Raises ValueError or TypeError for inputs that do not fit.
+    Mean over an image's positive pairs (i, j), then over the images with any; 0 without any.
+
+    y, x_prime: [N, C, H, W], no gradient into x_prime. positives: bool [N, HW, HW]. Returns a
+    scalar in [-1, 1]. Raises ValueError or TypeError for inputs that do not fit.
     """
     check_maps(y, x_prime, positives)
-    return -mean_over_images(pixel_cosine(y, x_prime.detach()), positives)  # Eq. 5
+    cosine = pixel_cosine(y, x_prime.detach())  # [N, HW, HW]
+    return -mean_over_images(cosine, positives)  # Eq. 5
 
 
 def instance_loss(p, z_prime):
-    """L_inst of Eq. 6, from one view to the other: -cos(p, z'), mean over the images; no negatives.
+    """L_inst of Eq. 6, from one view to the other: -cos(p, z'), mean over the images, no negatives.
 
-    p: predicted from the online map, z_prime: from the momentum map of the other view, pooled to [N, C]; no gradient
-    into z_prime. Returns a scalar in [-1, 1]. Raises ValueError for other shapes.
+    p: [N, C], the online prediction. z_prime: [N, C], the momentum projection of the other view,
+    no gradient into it. Returns a scalar in [-1, 1]. Raises ValueError for other shapes.
     """
     if p.dim() != 2 or p.shape != z_prime.shape:
-        raise ValueError(f"expected two tensors [N, C], found {list(p.shape)} and {list(z_prime.shape)}")
+        raise ValueError(f"expected two [N, C], found {list(p.shape)} and {list(z_prime.shape)}")
     dtype = torch.promote_types(p.dtype, torch.float32)
-    return -F.cosine_similarity(p.to(dtype), z_prime.detach().to(dtype), dim=1).mean()  # Eq. 6
+    cosine = F.cosine_similarity(p.to(dtype), z_prime.detach().to(dtype), dim=1)  # [N]
+    return -cosine.mean()
 
 
 # ------------------------------------ Networks ------------------------------------
 class Backbone(nn.Module):
-    """A torchvision classification network cut behind one layer: image [N, 3, h, w] -> map [N, out_channels, H, W].
+    """A classification network of torchvision up to a layer: image [N, 3, h, w] -> map.
 
-    `body` is the cut network; its state dict has torchvision's own names. ResNets begin with zeros in the last
-    BatchNorm weight of each block (the authors' code). Raises ValueError for an unknown arch or layer, or no map.
+    The map is [N, out_channels, H, W]. `body` is the network, with torchvision's names in its
+    state dict. In a ResNet the last BatchNorm weight of each residual block starts at 0, as in
+    the authors' code. Raises ValueError for an unknown arch or layer, or one without a map.
     """
 
     def __init__(self, arch="resnet50", layer="layer4"):
         super().__init__()
-        check_name("arch", arch, torchvision.models.list_models(module=torchvision.models))
-        options = {"zero_init_residual": True} if "resne" in arch else {}  # ResNet, ResNeXt, Wide ResNet
-        network = torchvision.models.get_model(arch, weights=None, **options)
-        check_name("layer", layer, [name for name, _ in network.named_modules() if name])
-        self.body = create_feature_extractor(network, {layer: "map"}).eval()
-        with torch.no_grad():  # zeros in eval mode: neither BatchNorm's buffers nor a random generator move
-            shape = self(torch.zeros(1, 3, 224, 224)).shape
-        self.body.train()
-        if len(shape) != 4 or shape[2] != shape[3]:  # tokens [N, L, C] or channels last [N, H, W, C]
-            raise ValueError(f"expected a map [N, C, H, W] from layer {layer!r} of {arch}, found {list(shape)}")
+        if arch not in models.list_models(models):
+            raise ValueError(f"expected a classification network of torchvision, found {arch!r}")
+        options = {"zero_init_residual": True} if "resne" in arch else {}  # ResNet, ResNeXt, Wide
+        network = models.get_model(arch, weights=None, **options)
+        self.body = create_feature_extractor(network, {layer: "map"})
+
+        # One image of zeros tells the shape; in eval mode it leaves BatchNorm's buffers alone.
+        with torch.no_grad():
+            shape = list(self.eval()(torch.zeros(1, 3, 224, 224)).shape)
+        self.train()
+        if len(shape) != 4 or shape[2] != shape[3]:  # tokens [N, L, C], or channels last
+            raise ValueError(f"expected a map [N, C, H, W] from {layer!r} of {arch}, found {shape}")
         self.out_channels = shape[1]
 
     def forward(self, image):
         return self.body(image)["map"]
 
 
-def check_name(kind, name, names):
-    """ValueError with the names that come close, unless the name is one of them."""
-    if name not in names:
-        close = difflib.get_close_matches(name, names) or names
-        raise ValueError(f"expected a torchvision {kind} such as {', '.join(close[:3])}; found {name!r}")
-
-
 def projection_head(in_channels, hidden, out):
-    """1x1 convolution, BatchNorm, ReLU, 1x1 convolution (Sec. 3.1): [N, in_channels, H, W] -> [N, out, H, W]."""
-    first, last = nn.Conv2d(in_channels, hidden, 1), nn.Conv2d(hidden, out, 1)
-    return nn.Sequential(first, nn.BatchNorm2d(hidden), nn.ReLU(inplace=True), last)
+    """The projector (Sec. 3.1): [N, in_channels, H, W] -> [N, out, H, W], pixel by pixel."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, hidden, 1),
+        nn.BatchNorm2d(hidden),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(hidden, out, 1),
+    )
 
 
-# ------------------------------------ Momentum encoder, PixPro ------------------------------------
+class Heads(models.detection.backbone_utils.BackboneWithFPN):
+    """Head network of Sec. 3.3: image [N, 3, h, w] -> dict of maps [N, 256, H, W], P3 to P6.
+
+    `body` is a ResNet, `fpn` an FPN, `tower` three convolutions of an FCOS head, shared by the
+    levels. Recalled in part, not verified: no code of it was released. Raises ValueError for an
+    arch that is no ResNet.
+    """
+
+    def __init__(self, arch="resnet50"):
+        if arch not in models.list_models(models, include="*resne*"):
+            raise ValueError(f"expected a ResNet of torchvision, found {arch!r}")
+        network = models.get_model(arch, weights=None, zero_init_residual=True)
+        layers = {"layer2": "0", "layer3": "1", "layer4": "2"}
+        channels = [network.inplanes // k for k in (4, 2, 1)]
+        p6_p7 = ops.feature_pyramid_network.LastLevelP6P7(256, 256)
+        super().__init__(network, layers, channels, 256, p6_p7)
+        p6_p7.p7.requires_grad_(False)  # P7 is not trained
+        self.tower = models.detection.fcos.FCOSClassificationHead(256, 1, 1, num_convs=3).conv
+
+    def forward(self, image):
+        levels = super().forward(image)
+        levels.pop("p7")
+        return {name: self.tower(level) for name, level in levels.items()}
+
+
+# ------------------------------------ Momentum encoder ------------------------------------
 def momentum_at(step, total_steps, base=0.99):
-    """m at step k of K: 1 - (1 - base) (cos(pi k / K) + 1) / 2, which rises from base to 1 (the authors' code)."""
+    """m at step k of K: 1 - (1 - base) (cos(pi k / K) + 1) / 2, rising from base to 1.
+
+    From the authors' code. Raises ValueError unless 0 <= k <= K and K >= 1.
+    """
     if not 0 <= step <= total_steps or total_steps < 1:
-        raise ValueError(f"expected 0 <= step <= total_steps and total_steps >= 1, found {step} and {total_steps}")
+        raise ValueError(f"expected 0 <= step <= total_steps >= 1, found {step}, {total_steps}")
     return 1 - (1 - base) * (math.cos(math.pi * step / total_steps) + 1) / 2
 
 
+@torch.no_grad()
+def ema_update(online, momentum, m):
+    """p' <- m p' + (1 - m) p for the parameters of two equal modules; BatchNorm's buffers stay.
+
+    Raises ValueError unless 0 <= m <= 1.
+    """
+    if not 0 <= m <= 1:
+        raise ValueError(f"expected m in [0, 1], found {m}")
+    for p, p_prime in zip(online.parameters(), momentum.parameters(), strict=True):
+        p_prime.lerp_(p, 1 - m)
+
+
+# ------------------------------------ PixPro ------------------------------------
 class Output(NamedTuple):
-    """Scalars from PixPro.forward; only the loss carries a gradient."""
-    loss: torch.Tensor  # Eq. 5 or Eq. 6, sum of both directions; Eq. 5 lies in [-2, 2]
-    similarity: torch.Tensor  # mean of cos(x_i, x'_j) over the positive pairs, without propagation
+    """What PixPro.forward returns: scalars, of which only the loss has a gradient."""
+
+    loss: torch.Tensor  # Eq. 5 or Eq. 6, both directions; Eq. 5 lies in [-2, 2]
+    similarity: torch.Tensor  # mean cos(x_i, x'_j) of the positive pairs, without propagation
     positives: torch.Tensor  # positive pairs per image
-    spread: torch.Tensor  # of the pixels x on the unit sphere: near 1 spread out, 0 collapsed to a point
+    spread: torch.Tensor  # of the pixels x on the unit sphere: 1 spread out, 0 collapsed
+
+
+def feature_spread(x):
+    """Standard deviation of the unit vectors x_i / |x_i|, times sqrt(C): [N, C, H, W] -> scalar."""
+    unit = F.normalize(x.float(), dim=1)
+    deviation = unit.std((0, 2, 3), correction=0)  # [N, C, H, W] -> [C]
+    return deviation.mean() * math.sqrt(len(deviation))
 
 
 class PixPro(nn.Module):
-    """The model that is pre-trained. One's own loop around it:
+    """The model that is pre-trained. A loop of one's own around it:
 
         model = PixPro(Backbone("resnet50"))
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-        for step, (view_1, view_2, box_1, box_2) in enumerate(loader):  # a dataset that ends in TwoViews
-            model.update_momentum(momentum_at(step, total_steps))  # who forgets it has a frozen target
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        matrices = {"params": [p for p in parameters if p.dim() > 1], "lr": 1e-3}
+        vectors = {"params": [p for p in parameters if p.dim() == 1], "lr": 1e-1}
+        optimizer = torch.optim.AdamW([matrices, vectors])
+        for step, (view_1, view_2, box_1, box_2) in enumerate(loader):  # a dataset with TwoViews
+            model.update_momentum(momentum_at(step, total_steps))
             loss = model(view_1, view_2, box_1, box_2).loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
 
-    backbone: an nn.Module with `out_channels` that returns a map [N, out_channels, H, W], or a dict of them from fine
-    to coarse: then the loss is the mean over the maps, with the same heads, PPM and T (Sec. 3.3), and the
-    instance-level loss reads the coarsest. objective: "pixpro" (Eq. 5) or "pixcontrast" (Eq. 2; no PPM is built).
-    Raises ValueError for unknown names, values out of range, and views and boxes whose shapes do not fit.
+    backbone: an nn.Module with `out_channels` that returns a map [N, out_channels, H, W], or a
+    dict of such maps from fine to coarse. The loss is then the mean over the maps, which share
+    projector, PPM and T (Sec. 3.3); the instance-level loss uses the coarsest.
+    objective: "pixpro" (Eq. 5) or "pixcontrast" (Eq. 2, no PPM). dim is C; for the others see the
+    table above. Raises ValueError for another objective and for values out of range.
     """
 
-    pairs_at_once = 2**23  # pairs of pixels; beyond, a batch goes in pieces, computed again in the backward pass
-
-    def __init__(self, backbone, dim=256, hidden_dim=2048, gamma=2.0, num_layers=1, threshold=0.7,
-                 instance_weight=0.0, objective="pixpro", temperature=0.3):
+    def __init__(
+        self,
+        backbone,
+        dim=256,
+        hidden_dim=2048,
+        gamma=2.0,
+        num_layers=1,
+        threshold=0.7,
+        instance_weight=0.0,
+        objective="pixpro",
+        temperature=0.3,
+    ):
         super().__init__()
         if objective not in ("pixpro", "pixcontrast"):
             raise ValueError(f"expected objective 'pixpro' or 'pixcontrast', found {objective!r}")
-        if not (instance_weight >= 0 and threshold >= 0 and temperature > 0):
-            found = f"{instance_weight}, {threshold} and {temperature}"
-            raise ValueError(f"expected instance_weight and threshold >= 0 and temperature > 0, found {found}")
-        self.threshold, self.temperature, self.instance_weight = threshold, temperature, instance_weight
+        self.threshold = threshold
+        self.instance_weight = instance_weight
+        self.objective = objective
+        self.temperature = temperature
+
         self.backbone = backbone
         self.projector = projection_head(backbone.out_channels, hidden_dim, dim)
-        self.propagation = PixelPropagation(dim, gamma, num_layers) if objective == "pixpro" else None
+        if objective == "pixpro":
+            self.propagation = PixelPropagation(dim, gamma, num_layers)
         self.momentum_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
-        if instance_weight > 0:
+
+        if instance_weight:
             self.instance_projector = projection_head(backbone.out_channels, hidden_dim, dim)
             self.instance_predictor = projection_head(dim, hidden_dim, dim)
-            self.momentum_instance_projector = copy.deepcopy(self.instance_projector).requires_grad_(False)
+            self.momentum_instance_projector = copy.deepcopy(self.instance_projector)
+            self.momentum_instance_projector.requires_grad_(False)
 
-    @torch.no_grad()
     def update_momentum(self, m):
-        """Momentum parameters become m * themselves + (1 - m) * the online ones; BatchNorm's buffers stay."""
-        if not 0 <= m <= 1:
-            raise ValueError(f"expected m in [0, 1], found {m}")
-        weights = dict(self.named_parameters())
-        momentum = {name.removeprefix("momentum_"): p for name, p in weights.items() if name.startswith("momentum_")}
-        torch._foreach_lerp_(list(momentum.values()), [weights[name] for name in momentum], weight=1 - m)
+        """Moves the momentum encoder a little towards the online encoder; call it in each step."""
+        ema_update(self.backbone, self.momentum_backbone, m)
+        ema_update(self.projector, self.momentum_projector, m)
+        if self.instance_weight:
+            ema_update(self.instance_projector, self.momentum_instance_projector, m)
 
     def forward(self, view_1, view_2, box_1, box_2):
-        """view_1, view_2: [N, 3, h, w]; box_1, box_2: [N, 4], as from TwoViews. Returns an Output."""
-        if view_1.dim() != 4 or view_1.shape != view_2.shape or len(box_1) != len(view_1):
-            found = f"{list(view_1.shape)}, {list(view_2.shape)} and {len(box_1)} boxes"
-            raise ValueError(f"expected two views [N, 3, h, w] and N boxes, found {found}")
-        maps = [self.backbone(view_1), self.backbone(view_2)]  # each [N, out_channels, H, W], or a dict of them
+        """view_1, view_2: [N, 3, h, w]; box_1, box_2: [N, 4], as from TwoViews. -> Output."""
+        # Both encoders see both views. The momentum encoder takes no gradient.
+        map_1 = self.backbone(view_1)  # [N, out_channels, H, W], or a dict of such maps
+        map_2 = self.backbone(view_2)
         with torch.no_grad():
-            maps += [self.momentum_backbone(view_1), self.momentum_backbone(view_2)]
-        levels = list(zip(*(m.values() for m in maps))) if isinstance(maps[0], dict) else [maps]  # fine to coarse
-        loss, *figures = torch.stack([self.pixel_level(*level, box_1, box_2) for level in levels]).mean(0)  # [4]
-        if self.instance_weight > 0:
-            loss = loss + self.instance_weight * self.instance_level(*levels[-1])  # Eq. 6
-        return Output(loss, *(figure.detach() for figure in figures))
+            map_prime_1 = self.momentum_backbone(view_1)
+            map_prime_2 = self.momentum_backbone(view_2)
 
-    def pixel_level(self, map_1, map_2, map_prime_1, map_prime_2, box_1, box_2):
-        """The fields of Output for one level, from both encoders' maps [N, out_channels, H, W] of both views: [4]."""
-        x_1, x_2 = self.projector(map_1), self.projector(map_2)  # [N, dim, H, W]
-        x_prime_1, x_prime_2 = self.momentum_projector(map_prime_1), self.momentum_projector(map_prime_2)  # no gradient
-        both = self.one_way(x_1, x_prime_2, box_1, box_2) + self.one_way(x_2, x_prime_1, box_2, box_1)
-        return torch.cat([both[:1], both[1:] / 2])  # the sum of the losses, the mean of the figures
+        # Sec. 3.3: the maps of a dict are the levels of a head network, from fine to coarse.
+        levels = [(map_1, map_2, map_prime_1, map_prime_2)]
+        if isinstance(map_1, dict):
+            levels = list(zip(*[maps.values() for maps in levels[0]], strict=True))
 
-    def one_way(self, x, x_prime, box, box_prime):
-        """The fields of Output from x to x_prime, [N, dim, H, W] each: [4]; large maps a few images at a time."""
-        g = x if self.propagation is None else self.propagation.transform(x)  # its BatchNorm sees the whole batch
-        at_once = max(1, self.pairs_at_once // x.shape[2:].numel() ** 2)  # images
-        pieces = list(zip(*(tensor.split(at_once) for tensor in (x, g, x_prime, box, box_prime))))
-        sums = [self.piece(*p) if len(pieces) == 1 else checkpoint(self.piece, *p, use_reentrant=False) for p in pieces]
-        loss, similarity, positives, matched = sum(sums)
-        unit = F.normalize(x.detach().float(), dim=1)  # [N, dim, H, W]
-        variance = unit.square().mean((0, 2, 3)) - unit.mean((0, 2, 3)).square()  # [dim]; var() is slow on CPUs
-        spread = variance.clamp(min=0).sqrt().mean() * math.sqrt(len(variance))
-        return torch.stack([loss / matched.clamp(min=1), similarity / matched.clamp(min=1), positives / len(x), spread])
+        outputs = []
+        for map_1, map_2, map_prime_1, map_prime_2 in levels:
+            x_1 = self.projector(map_1)  # [N, dim, H, W]
+            x_2 = self.projector(map_2)
+            with torch.no_grad():
+                x_prime_1 = self.momentum_projector(map_prime_1)
+                x_prime_2 = self.momentum_projector(map_prime_2)
+            outputs.append(self.pixel_level(x_1, x_2, x_prime_1, x_prime_2, box_1, box_2))
+        output = Output(*[torch.stack(field).mean() for field in zip(*outputs, strict=True)])
 
-    def piece(self, x, g, x_prime, box, box_prime):
-        """Sums over some images: of loss and similarity, of positive pairs, and of images that have any; [4]."""
-        A = positive_pairs(box, box_prime, x.shape[2:], self.threshold)  # [N, HW, HW]
-        matched = A.flatten(1).any(1).sum()
-        if self.propagation is None:
-            loss = pixcontrast_loss(x, x_prime, A, self.temperature)
+        # Eq. 6: L = L_PixPro + alpha L_inst, with the coarsest level
+        if self.instance_weight:
+            loss = output.loss + self.instance_weight * self.instance_level(*levels[-1])
+            output = output._replace(loss=loss)
+        return output
+
+    def pixel_level(self, x_1, x_2, x_prime_1, x_prime_2, box_1, box_2):
+        """Eq. 5 (or Eq. 2) in both directions; projected maps [N, dim, H, W] of both encoders."""
+        A_12 = positive_pairs(box_1, box_2, x_1.shape[2:], self.threshold)  # Eq. 1, [N, HW, HW]
+        A_21 = A_12.transpose(1, 2)
+
+        if self.objective == "pixcontrast":
+            loss_1 = pixcontrast_loss(x_1, x_prime_2, A_12, self.temperature)  # Eq. 2
+            loss_2 = pixcontrast_loss(x_2, x_prime_1, A_21, self.temperature)
         else:
-            loss = consistency_loss(self.propagation(x, g), x_prime, A)
-        similarity = -consistency_loss(x.detach(), x_prime, A)
-        return torch.stack([loss * matched, similarity * matched, A.sum(), matched])
+            y_1 = self.propagation(x_1)  # Eq. 3 and 4, [N, dim, H, W]
+            y_2 = self.propagation(x_2)
+            loss_1 = consistency_loss(y_1, x_prime_2, A_12)  # Eq. 5
+            loss_2 = consistency_loss(y_2, x_prime_1, A_21)
+
+        # Figures for the log
+        with torch.no_grad():
+            similarity_1 = -consistency_loss(x_1, x_prime_2, A_12)
+            similarity_2 = -consistency_loss(x_2, x_prime_1, A_21)
+            similarity = (similarity_1 + similarity_2) / 2
+            positives = A_12.sum() / len(A_12)
+            spread = (feature_spread(x_1) + feature_spread(x_2)) / 2
+        return Output(loss_1 + loss_2, similarity, positives, spread)
 
     def instance_level(self, map_1, map_2, map_prime_1, map_prime_2):
-        """L_inst of Eq. 6 in both directions, from maps of both encoders; pooled to [N, dim] after the convolutions."""
-        p_1, p_2 = (self.instance_predictor(self.instance_projector(m)).mean((2, 3)) for m in (map_1, map_2))
-        z_prime_1, z_prime_2 = (self.momentum_instance_projector(m).mean((2, 3)) for m in (map_prime_1, map_prime_2))
+        """L_inst of Eq. 6 in both directions; maps [N, out_channels, H, W] of both encoders."""
+        p_1 = self.instance_predictor(self.instance_projector(map_1)).mean((2, 3))  # [N, dim]
+        p_2 = self.instance_predictor(self.instance_projector(map_2)).mean((2, 3))
+        with torch.no_grad():
+            z_prime_1 = self.momentum_instance_projector(map_prime_1).mean((2, 3))  # [N, dim]
+            z_prime_2 = self.momentum_instance_projector(map_prime_2).mean((2, 3))
         return instance_loss(p_1, z_prime_2) + instance_loss(p_2, z_prime_1)
-
-
-# ------------------------------------ The authors' weights ------------------------------------
-PARTS = {"encoder": "backbone.body", "projector": "projector", "value_transform": "propagation.transform",
-         "projector_instance": "instance_projector", "predictor": "instance_predictor"}  # their names: ours
-LAYERS = {"linear1": "0", "bn1": "1", "linear2": "3"}  # of every part but the encoder
-
-
-def load_authors_checkpoint(model, path):
-    """Fills a PixPro from a file of the authors' code; returns the names that were left out: those of the instance
-    branch, where the model has none. Raises ValueError, with the keywords that the file asks for, if any other name or
-    shape differs; the model is then as it was. (Names as in contrast/models/PixPro.py of their repository.)
-    """
-    with torch.serialization.safe_globals([argparse.Namespace]):  # "opt", their command line
-        file = torch.load(path, map_location="cpu", weights_only=True)
-    ours, theirs = {}, file.get("model", {}) if isinstance(file, dict) else {}  # their name: ours; their name: weight
-    for name in theirs:
-        part, *rest = name.removeprefix("module.").split(".")
-        if not part.startswith("encoder"):
-            rest = [LAYERS.get(layer, layer) for layer in rest[:-1] or ["linear1"]] + rest[-1:]  # one layer has no name
-        part = ("momentum_" if part.endswith("_k") else "") + PARTS.get(part.removesuffix("_k"), part)
-        ours[name] = ".".join([part, *rest])
-    left_out = [name for name in ours if "instance" in ours[name] and model.instance_weight == 0]
-    weights = {ours[name]: weight for name, weight in theirs.items() if name not in left_out}
-    if not {"projector.0.weight", "projector.3.weight"} <= weights.keys():
-        raise ValueError(f"expected a checkpoint of the authors' code, with an entry 'model', found {path}")
-    expected, found = ({(name, *w.shape) for name, w in s.items()} for s in (model.state_dict(), weights))
-    if expected != found:
-        hidden_dim, dim = len(weights["projector.0.weight"]), len(weights["projector.3.weight"])
-        num_layers = sum(w.dim() == 4 for name, w in weights.items() if name.startswith("propagation"))
-        fitting = f"PixPro(Backbone({getattr(file.get('opt'), 'arch', '?')!r}), {dim=}, {hidden_dim=}, {num_layers=})"
-        raise ValueError(f"expected {fitting} for {path}, found a model that differs in {min(expected ^ found)}")
-    model.load_state_dict(weights)
-    return left_out

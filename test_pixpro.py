@@ -1,12 +1,15 @@
 """Tests of pixpro.py and train.py. `pytest -k eq3` runs those of one equation; the other words are
-eq1 eq2 eq4 eq5 eq6 momentum views lars schedule train. Tests without such a word are about the whole.
+eq1 eq2 eq4 eq5 eq6 momentum views lars schedule train. Tests without such a word are about the
+whole.
 
-For each equation: a case computed by hand, an independent slow version in loops, properties, and where there are any
-the authors' numbers: what github.com/zdaxie/PixPro, commit e390d6b, computes in float32 on a CPU from wave() below.
+For each equation: a case computed by hand, an independent slow version in loops, properties, and
+where there are any the authors' numbers: what github.com/zdaxie/PixPro, commit e390d6b, computes
+in float32 on a CPU from wave() below.
 """
 
 import argparse
 import ast
+import contextlib
 import copy
 import inspect
 import json
@@ -16,6 +19,7 @@ import re
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 import types
 from pathlib import Path
@@ -36,19 +40,32 @@ import pixpro
 import train
 from pixpro import (
     Backbone,
+    Heads,
     PixelPropagation,
     PixPro,
     TwoViews,
     consistency_loss,
+    ema_update,
     instance_loss,
-    load_authors_checkpoint,
     momentum_at,
     pixcontrast_loss,
     positive_pairs,
     projection_head,
 )
 
-GROUPS = ("eq1", "eq2", "eq3", "eq4", "eq5", "eq6", "momentum", "views", "lars", "schedule", "train")
+GROUPS = (
+    "eq1",
+    "eq2",
+    "eq3",
+    "eq4",
+    "eq5",
+    "eq6",
+    "momentum",
+    "views",
+    "lars",
+    "schedule",
+    "train",
+)
 HERE = Path(__file__).parent
 
 
@@ -62,8 +79,12 @@ def tensor(*rows):
     return torch.tensor(rows, dtype=torch.float32)
 
 
-AUTHORS_BOX_1 = tensor([0.1, 0.2, 0.7, 0.9], [0, 0, 1, 1], [0.8, 0.1, 0.3, 0.6], [0.05, 0.05, 0.2, 0.2])
-AUTHORS_BOX_2 = tensor([0.3, 0.1, 0.9, 0.8], [0.25, 0.25, 0.75, 0.75], [0.2, 0.2, 0.9, 0.7], [0.7, 0.7, 0.95, 0.95])
+AUTHORS_BOX_1 = tensor(
+    [0.1, 0.2, 0.7, 0.9], [0, 0, 1, 1], [0.8, 0.1, 0.3, 0.6], [0.05, 0.05, 0.2, 0.2]
+)
+AUTHORS_BOX_2 = tensor(
+    [0.3, 0.1, 0.9, 0.8], [0.25, 0.25, 0.75, 0.75], [0.2, 0.2, 0.9, 0.7], [0.7, 0.7, 0.95, 0.95]
+)
 
 
 def pixels(*columns):
@@ -77,7 +98,8 @@ def assert_same(found, expected):
     if wrong:
         n, i, j = wrong[0]
         pytest.fail(
-            f"pair ({i}, {j}) of image {n}: found {bool(found[n, i, j])}, expected {bool(expected[n, i, j])}; "
+            f"pair ({i}, {j}) of image {n}: found {bool(found[n, i, j])}, "
+            f"expected {bool(expected[n, i, j])}; "
             f"{len(wrong)} of {found.numel()} pairs differ"
         )
 
@@ -99,7 +121,9 @@ def random_boxes(n, seed):
     """Boxes of at least 20 x 20, every second one mirrored."""
     generator = torch.Generator().manual_seed(seed)
     x0, y0, width, height = torch.rand(4, n, generator=generator)
-    boxes = torch.stack([100 * x0, 80 * y0, 100 * x0 + 20 + 90 * width, 80 * y0 + 20 + 90 * height], 1)
+    boxes = torch.stack(
+        [100 * x0, 80 * y0, 100 * x0 + 20 + 90 * width, 80 * y0 + 20 + 90 * height], 1
+    )
     boxes[::2] = boxes[::2][:, [2, 1, 0, 3]]
     return boxes
 
@@ -121,7 +145,13 @@ def slow_positive_pairs(box_1, box_2, size, threshold):
         centres, diagonals = [], []
         for x0, y0, x1, y1 in (box_1[n].tolist(), box_2[n].tolist()):
             width, height = (x1 - x0) / W, (y1 - y0) / H
-            centres.append([(x0 + (c + 0.5) * width, y0 + (r + 0.5) * height) for r in range(H) for c in range(W)])
+            centres.append(
+                [
+                    (x0 + (c + 0.5) * width, y0 + (r + 0.5) * height)
+                    for r in range(H)
+                    for c in range(W)
+                ]
+            )
             diagonals.append(math.hypot(width, height))
         for i, a in enumerate(centres[0]):
             for j, b in enumerate(centres[1]):
@@ -151,7 +181,9 @@ def slow_propagation(x, g, gamma):
         for i, a in enumerate(vectors):
             for b, value in zip(vectors, values):
                 s = max(cosine(a, b), 0.0) ** gamma
-                y[n, :, i // x.shape[3], i % x.shape[3]] += s * value / math.sqrt(float(value @ value))
+                y[n, :, i // x.shape[3], i % x.shape[3]] += (
+                    s * value / math.sqrt(float(value @ value))
+                )
     return y
 
 
@@ -171,9 +203,9 @@ def slow_consistency(y, x_prime, positives):
 
 # ------------------------------------ Eq. 1 ------------------------------------
 def test_eq1_by_hand():
-    # A box of 6 x 8 with 2 x 2 bins: bins of 3 x 4, diagonal 5. Distance to the right 3 / 5 = 0.6, downward
-    # 4 / 5 = 0.8, across 5 / 5 = 1. Exactly T is positive.
-    # With axes normalised one by one both would be 0.5 / 0.707 = 0.707.
+    # A box of 6 x 8 with 2 x 2 bins: bins of 3 x 4, diagonal 5. Distance to the right 3 / 5 = 0.6,
+    # downward 4 / 5 = 0.8, across 5 / 5 = 1. Exactly T is positive. With axes normalised one by one
+    # both would be 0.5 / 0.707 = 0.707.
     box = tensor([0, 0, 6, 8])
     near = [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
     not_across = [[1, 1, 1, 0], [1, 1, 0, 1], [1, 0, 1, 1], [0, 1, 1, 1]]
@@ -198,13 +230,20 @@ def test_eq1_equals_loops(size, threshold):
 
 
 def test_eq1_authors_counts():
-    assert positive_pairs(AUTHORS_BOX_1, AUTHORS_BOX_2, (7, 7)).sum((1, 2)).tolist() == [54, 121, 121, 0]
+    assert positive_pairs(AUTHORS_BOX_1, AUTHORS_BOX_2, (7, 7)).sum((1, 2)).tolist() == [
+        54,
+        121,
+        121,
+        0,
+    ]
 
 
 def test_eq1_identical_boxes_give_the_diagonal():
     box = random_boxes(4, seed=3)
     for threshold in (0, 0.1, 0.3):
-        assert_same(positive_pairs(box, box, (3, 4), threshold), torch.eye(12).bool().expand(4, -1, -1))
+        assert_same(
+            positive_pairs(box, box, (3, 4), threshold), torch.eye(12).bool().expand(4, -1, -1)
+        )
 
 
 def test_eq1_centres_lie_inside_the_box():
@@ -214,8 +253,12 @@ def test_eq1_centres_lie_inside_the_box():
     left, right = box[:, [0, 2]].amin(1, keepdim=True), box[:, [0, 2]].amax(1, keepdim=True)
     assert ((x > left) & (x < right) & (y > box[:, 1:2]) & (y < box[:, 3:4])).all()
     # and symmetrically: their mean is the middle of the box
-    assert torch.allclose(x.mean(1), box[:, [0, 2]].mean(1)) and torch.allclose(y.mean(1), box[:, [1, 3]].mean(1))
-    assert torch.allclose(diagonal[:, 0], torch.hypot((right - left)[:, 0] / 5, (box[:, 3] - box[:, 1]) / 3))
+    assert torch.allclose(x.mean(1), box[:, [0, 2]].mean(1)) and torch.allclose(
+        y.mean(1), box[:, [1, 3]].mean(1)
+    )
+    assert torch.allclose(
+        diagonal[:, 0], torch.hypot((right - left)[:, 0] / 5, (box[:, 3] - box[:, 1]) / 3)
+    )
 
 
 def test_eq1_swapping_the_boxes_transposes():
@@ -240,10 +283,10 @@ def test_eq1_unit_and_origin_do_not_matter():
 
 
 def test_eq1_larger_diagonal_counts():
-    # Bins of 4 x 4 (diagonal 5.657) against bins of 1 x 1 (1.414). The first centre (2, 2) is 2.121, 1.581, 1.581,
-    # 0.707 from the small ones: at most 0.375 of the larger diagonal, but up to 0.6 of their mean and
-    # 1.5 of the smaller one.
-    # The other large centres are at least hypot(4.5, 0.5) / 5.657 = 0.8 away.
+    # Bins of 4 x 4 (diagonal 5.657) against bins of 1 x 1 (1.414). The first centre (2, 2) is
+    # 2.121, 1.581, 1.581, 0.707 from the small ones: at most 0.375 of the larger diagonal, but up
+    # to 0.6 of their mean and 1.5 of the smaller one. The other large centres are at least
+    # hypot(4.5, 0.5) / 5.657 = 0.8 away.
     A = positive_pairs(tensor([0, 0, 8, 8]), tensor([0, 0, 2, 2]), (2, 2), threshold=0.5)
     assert A[0].tolist() == [[True] * 4, [False] * 4, [False] * 4, [False] * 4]
 
@@ -260,42 +303,50 @@ def test_eq1_every_image_has_its_own_boxes():
 
 
 def test_eq1_counts_of_random_crops():
-    # 20,000 simulated pairs of crops of a 500 x 375 image gave 113.9 +- 0.3 positive pairs of 2401, and 2.6% without
-    # any; one pair's standard deviation is about 42, so 1,000 pairs lie within 4.
+    # 20,000 simulated pairs of crops of a 500 x 375 image gave 113.9 +- 0.3 positive pairs of 2401,
+    # and 2.6% without any; one pair's standard deviation is about 42, so 1,000 pairs lie within 4.
     views = TwoViews(size=8)
     torch.manual_seed(0)
     image = torch.zeros(3, 375, 500, dtype=torch.uint8)
-    boxes = torch.stack([torch.stack([views.crop(image)[1], views.crop(image)[1]]) for _ in range(1000)], 1)
+    boxes = torch.stack(
+        [torch.stack([views.crop(image)[1], views.crop(image)[1]]) for _ in range(1000)], 1
+    )
     counts = positive_pairs(boxes[0], boxes[1], (7, 7)).sum((1, 2)).float()
     assert abs(counts.mean() - 113.9) < 4 and 0.01 < (counts == 0).float().mean() < 0.05
 
 
 def test_eq1_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match=r"two boxes \[N, 4\], found \[2, 4\] and \[1, 4\]"):
+    with pytest.raises(ValueError, match=r"boxes \[N, 4\], found \[2, 4\] and \[1, 4\]"):
         positive_pairs(torch.zeros(2, 4), torch.zeros(1, 4), (7, 7))
-    with pytest.raises(ValueError, match=r"threshold >= 0, found \(7, 7\) and -1"):
-        positive_pairs(torch.zeros(1, 4), torch.zeros(1, 4), (7, 7), threshold=-1)
-    with pytest.raises(ValueError, match="size"):
-        positive_pairs(torch.zeros(1, 4), torch.zeros(1, 4), (0, 7))
+    for threshold in (-1, math.nan):
+        with pytest.raises(ValueError, match=f"threshold >= 0, found {threshold}"):
+            positive_pairs(torch.zeros(1, 4), torch.zeros(1, 4), (7, 7), threshold)
 
 
 # ------------------------------------ Eq. 2 ------------------------------------
 def test_eq2_by_hand():
-    # x = x' = two orthogonal pixels, each its own positive: -log(e / (e + 1)) = log(1 + 1/e) = 0.313262 at tau 1,
-    # log(1 + e^-5) = 0.006715 at tau 0.2.
+    # x = x' = two orthogonal pixels, each its own positive: -log(e / (e + 1)) = log(1 + 1/e) =
+    # 0.313262 at tau 1, log(1 + e^-5) = 0.006715 at tau 0.2.
     x = pixels([1, 0], [0, 1])
     positives = torch.eye(2, dtype=torch.bool)[None]
-    assert pixcontrast_loss(x, x, positives, temperature=1).item() == pytest.approx(0.313262, abs=1e-6)
-    assert pixcontrast_loss(x, x, positives, temperature=0.2).item() == pytest.approx(0.006715, abs=1e-6)
+    assert pixcontrast_loss(x, x, positives, temperature=1).item() == pytest.approx(
+        0.313262, abs=1e-6
+    )
+    assert pixcontrast_loss(x, x, positives, temperature=0.2).item() == pytest.approx(
+        0.006715, abs=1e-6
+    )
 
 
 def test_eq2_sums_the_positives_inside_the_log():
-    # Pixel 0 has cosines 1, 0, -1 and the positives 0 and 1: -log((e + 1) / (e + 1 + 1/e)) = 0.094344.
-    # The mean of two logs would be (log(4.08616 / e) + log 4.08616) / 2 = 0.907606. Pixels 1 and 2 have no positive.
+    # Pixel 0 has cosines 1, 0, -1 and the positives 0 and 1: -log((e + 1) / (e + 1 + 1/e)) =
+    # 0.094344. The mean of two logs would be (log(4.08616 / e) + log 4.08616) / 2 = 0.907606.
+    # Pixels 1 and 2 have no positive.
     x = pixels([1, 0], [0, 1], [1, 1])
     x_prime = pixels([1, 0], [0, 1], [-1, 0])
     positives = torch.tensor([[[True, True, False], [False] * 3, [False] * 3]])
-    assert pixcontrast_loss(x, x_prime, positives, temperature=1).item() == pytest.approx(0.094344, abs=1e-6)
+    assert pixcontrast_loss(x, x_prime, positives, temperature=1).item() == pytest.approx(
+        0.094344, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.3, 1.0])
@@ -303,13 +354,17 @@ def test_eq2_equals_loops(temperature):
     x, x_prime = random_maps()
     positives = random_positives()  # some pixels and an image without any
     expected = slow_pixcontrast(x, x_prime, positives, temperature)
-    assert pixcontrast_loss(x, x_prime, positives, temperature).item() == pytest.approx(expected, rel=1e-5)
+    assert pixcontrast_loss(x, x_prime, positives, temperature).item() == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_eq2_temperature_is_0_3():
     x, x_prime = random_maps()
     positives = random_positives()
-    assert pixcontrast_loss(x, x_prime, positives) == pixcontrast_loss(x, x_prime, positives, temperature=0.3)
+    assert pixcontrast_loss(x, x_prime, positives) == pixcontrast_loss(
+        x, x_prime, positives, temperature=0.3
+    )
 
 
 def test_eq2_leaves_out_pixels_and_images_without_positives():
@@ -319,7 +374,9 @@ def test_eq2_leaves_out_pixels_and_images_without_positives():
     assert torch.allclose(pixcontrast_loss(x, x_prime, positives), alone)
     changed = x.clone()
     changed[0, :, 0, 0] = 100.0  # the first pixel of the first image has none
-    assert torch.equal(pixcontrast_loss(changed, x_prime, positives), pixcontrast_loss(x, x_prime, positives))
+    assert torch.equal(
+        pixcontrast_loss(changed, x_prime, positives), pixcontrast_loss(x, x_prime, positives)
+    )
 
 
 def test_eq2_without_any_positive_is_0_with_gradient_0():
@@ -341,14 +398,19 @@ def test_eq2_gradient_is_finite_where_some_have_no_positive():
 
 def test_eq2_all_positive_is_0():
     x, x_prime = random_maps()
-    assert pixcontrast_loss(x, x_prime, torch.ones(3, 6, 6, dtype=torch.bool)).item() == pytest.approx(0, abs=1e-6)
+    assert pixcontrast_loss(
+        x, x_prime, torch.ones(3, 6, 6, dtype=torch.bool)
+    ).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_eq2_does_not_overflow_in_half_precision():
-    # cos / tau = 1 / 0.002 = 500: e^500 overflows even float32. 700^2 = 490,000 overflows float16 (65,504).
+    # cos / tau = 1 / 0.002 = 500: e^500 overflows even float32. 700^2 = 490,000 overflows float16
+    # (65,504).
     x = 700 * pixels([1, 0], [0, 1]).half()
     with torch.autocast("cpu", torch.float16):
-        loss = pixcontrast_loss(x, x, torch.tensor([[[False, True], [True, False]]]), temperature=0.002)
+        loss = pixcontrast_loss(
+            x, x, torch.tensor([[[False, True], [True, False]]]), temperature=0.002
+        )
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(500, rel=1e-3)
 
 
@@ -361,14 +423,18 @@ def test_eq2_target_receives_no_gradient():
 
 def test_eq2_gradcheck():
     x, x_prime = random_maps(dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: pixcontrast_loss(x, x_prime, random_positives()), x.requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda x: pixcontrast_loss(x, x_prime, random_positives()), x.requires_grad_()
+    )
 
 
 def test_eq2_refuses_what_does_not_fit():
     x, x_prime = random_maps()
     with pytest.raises(ValueError, match="temperature > 0, found 0"):
         pixcontrast_loss(x, x_prime, random_positives(), temperature=0)
-    with pytest.raises(ValueError, match=r"expected positives \[3, 6, 6\] for these maps, found \[3, 5, 6\]"):
+    with pytest.raises(
+        ValueError, match=r"expected positives \[3, 6, 6\] for the maps, found \[3, 5, 6\]"
+    ):
         pixcontrast_loss(x, x_prime, random_positives(pairs=(5, 6)))
     with pytest.raises(TypeError, match="torch.bool, found torch.float32"):
         pixcontrast_loss(x, x_prime, random_positives().float())
@@ -376,10 +442,10 @@ def test_eq2_refuses_what_does_not_fit():
 
 # ------------------------------------ Eq. 3 and 4 ------------------------------------
 def test_eq3_by_hand():
-    # Pixels (1,0), (0,1), (1,1); g the identity: g(x_j) / |g(x_j)| = (1,0), (0,1), (r,r) with r = 0.707107. gamma = 2:
-    # s = r^2 = 0.5 between the third and the others, 0 between the first two. No denominator:
-    # y_0 = (1,0) + 0.5 (r,r) = (1.353553, 0.353553), y_1 likewise,
-    # y_2 = 0.5 (1,0) + 0.5 (0,1) + (r,r) = (1.207107, 1.207107).
+    # Pixels (1,0), (0,1), (1,1); g the identity: g(x_j) / |g(x_j)| = (1,0), (0,1), (r,r) with r =
+    # 0.707107. gamma = 2: s = r^2 = 0.5 between the third and the others, 0 between the first two.
+    # No denominator: y_0 = (1,0) + 0.5 (r,r) = (1.353553, 0.353553), y_1 likewise, y_2 = 0.5 (1,0)
+    # + 0.5 (0,1) + (r,r) = (1.207107, 1.207107).
     y = PixelPropagation(dim=2, gamma=2, num_layers=0)(pixels([1, 0], [0, 1], [1, 1]))
     expected = pixels([1.353553, 0.353553], [0.353553, 1.353553], [1.207107, 1.207107])
     torch.testing.assert_close(y, expected, atol=1e-6, rtol=0)
@@ -392,16 +458,25 @@ def test_eq3_equals_loops(gamma, num_layers):
     ppm = PixelPropagation(dim=5, gamma=gamma, num_layers=num_layers)
     x = random_maps(n=2)[0]
     with torch.no_grad():
-        torch.testing.assert_close(ppm(x), slow_propagation(x, ppm.transform(x), gamma), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            ppm(x), slow_propagation(x, ppm.transform(x), gamma), atol=1e-5, rtol=0
+        )
 
 
 def test_eq3_transform_has_l_layers():
-    kinds = {n: [type(layer).__name__ for layer in PixelPropagation(4, num_layers=n).transform] for n in range(4)}
+    kinds = {
+        n: [type(layer).__name__ for layer in PixelPropagation(4, num_layers=n).transform]
+        for n in range(4)
+    }
     assert kinds[0] == []
     assert kinds[1] == ["Conv2d"]
     assert kinds[2] == ["Conv2d", "BatchNorm2d", "ReLU", "Conv2d"]
     assert kinds[3] == ["Conv2d", "BatchNorm2d", "ReLU"] * 2 + ["Conv2d"]
-    assert all(p.shape[:2] == (4, 4) for p in PixelPropagation(4, num_layers=3).parameters() if p.dim() == 4)
+    assert all(
+        p.shape[:2] == (4, 4)
+        for p in PixelPropagation(4, num_layers=3).parameters()
+        if p.dim() == 4
+    )
 
 
 def authors_propagation(gamma, num_layers):
@@ -441,7 +516,9 @@ def test_eq3_scaling_changes_nothing_without_layers():
 
 
 def test_eq3_gradient_flows_through_g():
-    x = random_maps(h=1, w=1)[0].requires_grad_()  # one pixel: s = cos(x, x)^gamma = 1, whatever x is
+    x = random_maps(h=1, w=1)[
+        0
+    ].requires_grad_()  # one pixel: s = cos(x, x)^gamma = 1, whatever x is
     PixelPropagation(dim=5)(x)[:, 0].sum().backward()
     assert x.grad.abs().max() > 1e-3
 
@@ -462,7 +539,7 @@ def test_eq3_gradcheck(gamma):
 def test_eq3_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match=r"\[N, 8, H, W\], found \[3, 5, 2, 3\]"):
         PixelPropagation(dim=8, num_layers=0)(random_maps()[0])
-    with pytest.raises(ValueError, match="num_layers >= 0, found 2.0 and -1"):
+    with pytest.raises(ValueError, match="num_layers >= 0, found 2.0, -1"):
         PixelPropagation(num_layers=-1)
 
 
@@ -524,7 +601,8 @@ def test_eq4_refuses_gamma_0():
 
 # ------------------------------------ Eq. 5 ------------------------------------
 def test_eq5_by_hand():
-    # y = (3,0), (0,2); x' = (1,0), (1,1). Positives (0,0), (0,1), (1,1): cosines 1, 0.707107, 0.707107; mean 0.804738.
+    # y = (3,0), (0,2); x' = (1,0), (1,1). Positives (0,0), (0,1), (1,1): cosines 1, 0.707107,
+    # 0.707107; mean 0.804738.
     positives = torch.tensor([[[True, True], [False, True]]])
     loss = consistency_loss(pixels([3, 0], [0, 2]), pixels([1, 0], [1, 1]), positives)
     assert loss.item() == pytest.approx(-0.804738, abs=1e-6)
@@ -538,7 +616,9 @@ def test_eq5_equals_loops():
     )
 
 
-@pytest.mark.parametrize("threshold, authors", [(0.35, 0.0196905155), (0.7, 0.0099607334), (1.4, 0.0051517664)])
+@pytest.mark.parametrize(
+    "threshold, authors", [(0.35, 0.0196905155), (0.7, 0.0099607334), (1.4, 0.0051517664)]
+)
 def test_eq5_authors_numbers(threshold, authors):
     # Theirs is twice Eq. 5, and counts the fourth image, which has no positive pair, as 0.
     q, k = wave(4, 8, 7, 7, a=0.37), wave(4, 8, 7, 7, a=0.53, b=0.5)
@@ -551,7 +631,9 @@ def test_eq5_authors_numbers_image_by_image():
     positives = slow_positive_pairs(AUTHORS_BOX_1, AUTHORS_BOX_2, (7, 7), 0.7)
     for n, authors in enumerate([0.0378808081, -0.0101784933, 0.0121406186, 0.0]):
         one = slice(n, n + 1)
-        assert 2 * consistency_loss(q[one], k[one], positives[one]).item() == pytest.approx(authors, abs=1e-7)
+        assert 2 * consistency_loss(q[one], k[one], positives[one]).item() == pytest.approx(
+            authors, abs=1e-7
+        )
 
 
 def test_eq5_equal_and_opposite_features():
@@ -578,7 +660,9 @@ def test_eq5_mean_per_image_then_over_images():
 def test_eq5_leaves_out_images_without_positives():
     y, x_prime = random_maps()
     positives = random_positives()  # the third image has none
-    assert torch.allclose(consistency_loss(y, x_prime, positives), consistency_loss(y[:2], x_prime[:2], positives[:2]))
+    assert torch.allclose(
+        consistency_loss(y, x_prime, positives), consistency_loss(y[:2], x_prime[:2], positives[:2])
+    )
 
 
 def test_eq5_without_any_positive_is_0_with_gradient_0():
@@ -598,18 +682,20 @@ def test_eq5_target_receives_no_gradient():
 
 def test_eq5_gradcheck():
     y, x_prime = random_maps(dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda y: consistency_loss(y, x_prime, random_positives()), y.requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda y: consistency_loss(y, x_prime, random_positives()), y.requires_grad_()
+    )
 
 
 def test_eq5_refuses_what_does_not_fit():
     y, x_prime = random_maps()
-    with pytest.raises(ValueError, match=r"found \[3, 5, 2, 3\] and \[2, 5, 2, 3\]"):
+    with pytest.raises(ValueError, match=r"found \[3, 5, 2, 3\], \[2, 5, 2, 3\]"):
         consistency_loss(y, x_prime[:2], random_positives())
     with pytest.raises(TypeError, match="torch.bool"):
         consistency_loss(y, x_prime, random_positives().float())
 
 
-# ------------------------------------ PixPro on a small backbone ------------------------------------
+# ------------------------------ PixPro on a small backbone ------------------------------
 class SmallBackbone(nn.Module):
     """A hand-made network: PixPro needs nothing but a map and out_channels."""
 
@@ -635,7 +721,9 @@ def small_batch(n=4, seed=0, height=12, width=16):
 
 @pytest.fixture
 def plain_pixel_equations(monkeypatch):
-    """Trivial stand-ins for Eq. 1 to 5, to test how PixPro connects its parts, whatever state the equations are in."""
+    """Trivial stand-ins for Eq. 1 to 5, to test how PixPro connects its parts, whatever state the
+    equations are in.
+    """
 
     def everything(box_1, box_2, size, threshold):
         return torch.ones(len(box_1), size.numel(), size.numel(), dtype=torch.bool)
@@ -648,8 +736,8 @@ def plain_pixel_equations(monkeypatch):
             super().__init__()
             self.transform = nn.Conv2d(dim, dim, 1)
 
-        def forward(self, x, g):
-            return x + g
+        def forward(self, x):
+            return x + self.transform(x)
 
     monkeypatch.setattr(pixpro, "positive_pairs", everything)
     monkeypatch.setattr(pixpro, "PixelPropagation", Plain)
@@ -665,7 +753,9 @@ def plain_equations(plain_pixel_equations, monkeypatch):
 # ------------------------------------ Eq. 6 ------------------------------------
 def test_eq6_instance_loss_by_hand():
     # cosines of (3,4) with (1,0): 0.6; of (0,2) with (0,5): 1. Mean 0.8.
-    assert instance_loss(tensor([3, 4], [0, 2]), tensor([1, 0], [0, 5])).item() == pytest.approx(-0.8)
+    assert instance_loss(tensor([3, 4], [0, 2]), tensor([1, 0], [0, 5])).item() == pytest.approx(
+        -0.8
+    )
 
 
 def test_eq6_instance_loss_of_one_hot_vectors():
@@ -699,7 +789,8 @@ def test_eq6_without_weight_is_exactly_pixpro(plain_pixel_equations):
 
 
 def test_eq6_adds_alpha_times_the_instance_loss(plain_pixel_equations):
-    # One-hot pooled vectors, equal in both views: each direction gives -1, so Eq. 6 is the pixel loss - 2 alpha.
+    # One-hot pooled vectors, equal in both views: each direction gives -1, so Eq. 6 is the pixel
+    # loss - 2 alpha.
     for alpha in (0.5, 1.0):
         model = small_pixpro(instance_weight=alpha)
 
@@ -725,9 +816,13 @@ def test_eq6_branch_in_the_authors_order(plain_pixel_equations):
         model.instance_weight = 0.0
         difference = difference - model(view_1, view_2, *boxes).loss
         p = [
-            model.instance_predictor(model.instance_projector(model.backbone(v))).mean((2, 3)) for v in (view_1, view_2)
+            model.instance_predictor(model.instance_projector(model.backbone(v))).mean((2, 3))
+            for v in (view_1, view_2)
         ]
-        z = [model.momentum_instance_projector(model.momentum_backbone(v)).mean((2, 3)) for v in (view_1, view_2)]
+        z = [
+            model.momentum_instance_projector(model.momentum_backbone(v)).mean((2, 3))
+            for v in (view_1, view_2)
+        ]
     expected = instance_loss(p[0], z[1]) + instance_loss(p[1], z[0])
     assert difference.item() == pytest.approx(expected.item(), abs=1e-5)
 
@@ -739,7 +834,13 @@ def test_eq6_refuses_what_does_not_fit():
 
 # ------------------------------------ Momentum encoder ------------------------------------
 def test_momentum_at_authors_numbers():
-    authors = {0: 0.99, 1: 0.9900024671981713, 25: 0.9914644660940672, 50: 0.995, 99: 0.9999975328018287}
+    authors = {
+        0: 0.99,
+        1: 0.9900024671981713,
+        25: 0.9914644660940672,
+        50: 0.995,
+        99: 0.9999975328018287,
+    }
     for step, m in authors.items():
         assert momentum_at(step, 100) == pytest.approx(m, abs=1e-12)
 
@@ -749,19 +850,23 @@ def test_momentum_at_rises_from_base_to_1():
     values = [momentum_at(step, 50) for step in range(51)]
     assert values == sorted(values)
     for step, total in ((-1, 10), (11, 10), (0, 0)):
-        with pytest.raises(ValueError, match="expected 0 <= step <= total_steps"):
+        with pytest.raises(ValueError, match=f"total_steps >= 1, found {step}, {total}"):
             momentum_at(step, total)
 
 
 def momentum_pairs(model):
     yield from zip(model.momentum_backbone.parameters(), model.backbone.parameters())
     yield from zip(model.momentum_projector.parameters(), model.projector.parameters())
-    yield from zip(model.momentum_instance_projector.parameters(), model.instance_projector.parameters())
+    yield from zip(
+        model.momentum_instance_projector.parameters(), model.instance_projector.parameters()
+    )
 
 
 def test_momentum_update_is_the_convex_combination(plain_equations):
     model = small_pixpro(instance_weight=1.0)
-    assert all(torch.equal(target, online) for target, online in momentum_pairs(model))  # equal at the start
+    assert all(
+        torch.equal(target, online) for target, online in momentum_pairs(model)
+    )  # equal at the start
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn_like(p))
@@ -791,7 +896,9 @@ def test_momentum_leaves_batchnorm_buffers_alone(plain_equations):
             buffer.fill_(5)
     before = [buffer.clone() for buffer in model.momentum_backbone.buffers()]
     model.update_momentum(0.5)
-    assert all(torch.equal(buffer, old) for buffer, old in zip(model.momentum_backbone.buffers(), before))
+    assert all(
+        torch.equal(buffer, old) for buffer, old in zip(model.momentum_backbone.buffers(), before)
+    )
     model(*small_batch())  # in train mode it keeps statistics of its own
     assert not torch.equal(model.momentum_backbone.body[1].running_mean, before[0])
 
@@ -809,10 +916,14 @@ def test_momentum_path_never_calls_online_modules(plain_equations):
     model = small_pixpro(instance_weight=1.0)
     calls = {name: [] for name, _ in model.named_children()}
     for name, module in model.named_children():
-        module.register_forward_hook(lambda _, inputs, out, name=name: calls[name].append(out.requires_grad))
+        module.register_forward_hook(
+            lambda _, inputs, out, name=name: calls[name].append(out.requires_grad)
+        )
     model(*small_batch())
     for name, gradients in calls.items():
-        assert gradients == [not name.startswith("momentum")] * 2, name  # both views; gradient for online modules alone
+        assert gradients == [not name.startswith("momentum")] * 2, (
+            name
+        )  # both views; gradient for online modules alone
 
 
 def test_momentum_receives_no_gradient(plain_equations):
@@ -821,6 +932,34 @@ def test_momentum_receives_no_gradient(plain_equations):
     for name, p in model.named_parameters():
         assert p.requires_grad != name.startswith("momentum"), name
         assert (p.grad is None) == name.startswith("momentum"), name
+
+
+def test_momentum_moves_every_module_that_is_named_so(plain_equations):
+    model = small_pixpro(instance_weight=1.0)
+    modules = [name for name, _ in model.named_children() if name.startswith("momentum_")]
+    assert len(modules) == 3
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p))
+    before = copy.deepcopy(model)
+    model.update_momentum(0.5)
+    for name in modules:
+        own = zip(getattr(model, name).parameters(), getattr(before, name).parameters())
+        assert all(not torch.equal(p, old) for p, old in own), name
+
+
+def test_momentum_ema_update_by_hand():
+    online, momentum = nn.Linear(1, 1), nn.Linear(1, 1)
+    for module, weight, bias in ((online, 1.0, 10.0), (momentum, 3.0, 20.0)):
+        nn.init.constant_(module.weight, weight)
+        nn.init.constant_(module.bias, bias)
+    ema_update(online, momentum, 0.9)  # 0.9 * 3 + 0.1 * 1 and 0.9 * 20 + 0.1 * 10
+    assert momentum.weight.item() == pytest.approx(2.8) and momentum.bias.item() == pytest.approx(
+        19
+    )
+    assert online.weight.item() == 1 and online.bias.item() == 10
+    with pytest.raises(ValueError):  # modules of another structure
+        ema_update(nn.Linear(1, 1, bias=False), momentum, 0.9)
 
 
 def test_momentum_refuses_values_out_of_range(plain_equations):
@@ -851,13 +990,19 @@ def test_views_show_what_their_boxes_bound(height, width):
         for view, box in pairs_of(views(coordinates_image(height, width))):
             x0, y0, x1, y1 = box.tolist()
             mirrored += x0 > x1
-            step_x, step_y = (x1 - x0) / 56, (y1 - y0) / 56  # pixels of the image per pixel of the view
+            step_x, step_y = (
+                (x1 - x0) / 56,
+                (y1 - y0) / 56,
+            )  # pixels of the image per pixel of the view
             cells = torch.arange(56) + 0.5
-            # The pixel at coordinate p has its centre at p + 0.5; the resize averages over its support at the edges.
+            # The pixel at coordinate p has its centre at p + 0.5; the resize averages over its
+            # support at the edges.
             support_x, support_y = max(1, abs(step_x)) + 1, max(1, abs(step_y)) + 1
             assert (view[0] - (x0 + step_x * cells - 0.5)[None, :]).abs().max() <= support_x
             assert (view[1] - (y0 + step_y * cells - 0.5)[:, None]).abs().max() <= support_y
-            inner = slice(3, -3)  # away from the edges the support is symmetric: only rounding is left
+            inner = slice(
+                3, -3
+            )  # away from the edges the support is symmetric: only rounding is left
             assert (view[0] - (x0 + step_x * cells - 0.5)[None, :])[inner, inner].abs().max() <= 1
             assert (view[1] - (y0 + step_y * cells - 0.5)[:, None])[inner, inner].abs().max() <= 1
     assert 8 <= mirrored <= 32  # of 40
@@ -865,7 +1010,9 @@ def test_views_show_what_their_boxes_bound(height, width):
 
 def test_views_have_the_promised_form():
     torch.manual_seed(0)
-    view_1, view_2, box_1, box_2 = TwoViews(size=32)(torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8))
+    view_1, view_2, box_1, box_2 = TwoViews(size=32)(
+        torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
+    )
     for view, box in ((view_1, box_1), (view_2, box_2)):
         assert view.shape == (3, 32, 32) and view.dtype == torch.float32
         assert box.shape == (4,) and box.dtype == torch.float32
@@ -884,26 +1031,35 @@ def test_views_are_cropped_by_scale_and_ratio():
 
 
 def test_views_of_which_only_the_second_is_solarised():
-    # Of a white image no other change makes anything dark: brightness keeps at least 0.6. Solarised, white is black.
+    # Of a white image no other change makes anything dark: brightness keeps at least 0.6.
+    # Solarised, white is black.
     white = torch.full((3, 40, 40), 255, dtype=torch.uint8)
     torch.manual_seed(0)
     dark = [0, 0]
     for _ in range(200):
         for index, (view, _) in enumerate(pairs_of(TwoViews(size=16)(white))):
-            value = view * torch.tensor(pixpro.STD)[:, None, None] + torch.tensor(pixpro.MEAN)[:, None, None]
+            value = (
+                view * torch.tensor(pixpro.STD)[:, None, None]
+                + torch.tensor(pixpro.MEAN)[:, None, None]
+            )
             dark[index] += bool(value.mean() < 0.5)
     assert dark[0] == 0 and 20 <= dark[1] <= 62  # 200 x 0.2 = 40, +- 4 standard deviations of 5.7
 
 
 def test_views_of_which_the_first_is_always_blurred():
-    noise = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    noise = torch.randint(
+        0, 256, (3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     views = TwoViews(size=64, scale=(1.0, 1.0))
     torch.manual_seed(0)
     rough = torch.tensor(
-        [[view.diff(dim=2).std() / view.std() for view, _ in pairs_of(views(noise))] for _ in range(100)]
+        [
+            [view.diff(dim=2).std() / view.std() for view, _ in pairs_of(views(noise))]
+            for _ in range(100)
+        ]
     )
-    # Neighbours in white noise differ by 1.41 standard deviations, by less than 1 when blurred with sigma > 0.6:
-    # 74% of U(0.1, 2). The second view is blurred in 1 of 10.
+    # Neighbours in white noise differ by 1.41 standard deviations, by less than 1 when blurred with
+    # sigma > 0.6: 74% of U(0.1, 2). The second view is blurred in 1 of 10.
     assert (rough[:, 0] < 1).float().mean() > 0.6 and (rough[:, 1] < 1).float().mean() < 0.2
 
 
@@ -926,7 +1082,9 @@ class PilViews:
 
     def __init__(self, size):
         def blur(image):
-            return image.filter(PIL.ImageFilter.GaussianBlur(torch.empty(()).uniform_(0.1, 2).item()))
+            return image.filter(
+                PIL.ImageFilter.GaussianBlur(torch.empty(()).uniform_(0.1, 2).item())
+            )
 
         def colour(p_blur, p_solarize):
             return v2.Compose(
@@ -963,15 +1121,22 @@ def test_views_hue_is_shifted_as_in_torchvision():
 
 
 def test_views_have_the_statistics_of_the_same_operations_in_pil():
-    # Mean, deviation, saturation and roughness of 400 views of each kind, within four standard errors of PIL's.
+    # Mean, deviation, saturation and roughness of 400 views of each kind, within four standard
+    # errors of PIL's.
     images = [v2.functional.to_pil_image(image) for image in train.Scenes(8, size=96).images]
     for index in (0, 1):
         both = []
         for make in (TwoViews(size=48), PilViews(size=48)):
             torch.manual_seed(index)
-            views = torch.stack([make(images[k % 8])[index] for k in range(400)])  # [400, 3, 48, 48]
+            views = torch.stack(
+                [make(images[k % 8])[index] for k in range(400)]
+            )  # [400, 3, 48, 48]
             colour = views * torch.tensor(pixpro.STD)[:, None, None]
-            figures = [views.mean((2, 3)), views.std((2, 3)), (colour.amax(1) - colour.amin(1)).mean((1, 2))[:, None]]
+            figures = [
+                views.mean((2, 3)),
+                views.std((2, 3)),
+                (colour.amax(1) - colour.amin(1)).mean((1, 2))[:, None],
+            ]
             figures += [views.diff(dim=dim).abs().mean((1, 2, 3))[:, None] for dim in (2, 3)]
             both.append(torch.cat(figures, 1))  # [400, 9]
         ours, pil = both
@@ -982,8 +1147,12 @@ def test_views_have_the_statistics_of_the_same_operations_in_pil():
 
 def test_views_are_normalised():
     gray = torch.full((3, 20, 20), 128, dtype=torch.uint8)
-    view = v2.Compose(TwoViews().colour_1.transforms[:1] + TwoViews().colour_1.transforms[-1:])(gray)
-    expected = [(128 / 255 - mean) / std for mean, std in zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+    view = v2.Compose(TwoViews().colour_1.transforms[:1] + TwoViews().colour_1.transforms[-1:])(
+        gray
+    )
+    expected = [
+        (128 / 255 - mean) / std for mean, std in zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    ]
     assert view[:, 0, 0].tolist() == pytest.approx(expected, abs=1e-5)
 
 
@@ -1000,7 +1169,7 @@ def test_views_follow_the_seed_and_take_pil_images():
 
 
 def test_views_refuse_what_does_not_fit():
-    with pytest.raises(TypeError, match="found <class 'torch.Tensor'> torch.float32"):
+    with pytest.raises(TypeError, match="found torch.float32"):
         TwoViews()(torch.zeros(3, 20, 20))
     with pytest.raises(TypeError, match="found <class 'str'>"):
         TwoViews()("image.jpg")
@@ -1008,7 +1177,7 @@ def test_views_refuse_what_does_not_fit():
         TwoViews()(torch.zeros(1, 20, 20, dtype=torch.uint8))
 
 
-# ------------------------------------ LARS and the learning rate ------------------------------------
+# ------------------------------ LARS and the learning rate ------------------------------
 def lars_steps(optimizer_class=train.LARS, **options):
     """The authors' three steps on a matrix, a vector and a matrix of zeros."""
     w, b, z = (nn.Parameter(p) for p in (wave(5, 7, a=0.9), wave(7, a=0.4), torch.zeros(3, 3)))
@@ -1023,7 +1192,15 @@ def lars_steps(optimizer_class=train.LARS, **options):
 def test_lars_authors_numbers():
     w, b, z = lars_steps(momentum=0.9, weight_decay=1e-2)
     first = [0.7822871804, 0.9352322221, 0.1264628023, -0.8391467333, -0.8408296704, 0.1752143502]
-    bias = [-0.8305042386, -0.2755451798, 0.8271970153, 1.8314388990, 1.9535747766, 0.9095216990, -0.7446691990]
+    bias = [
+        -0.8305042386,
+        -0.2755451798,
+        0.8271970153,
+        1.8314388990,
+        1.9535747766,
+        0.9095216990,
+        -0.7446691990,
+    ]
     assert w.flatten()[:6].tolist() == pytest.approx(first, abs=1e-6)
     assert b.tolist() == pytest.approx(bias, abs=1e-6)
     assert z[0, 0].item() == pytest.approx(-0.5700899959, abs=1e-6)
@@ -1075,6 +1252,25 @@ def test_lars_skips_parameters_without_gradient_and_takes_a_closure():
     assert (used < 1).all() and (unused == 1).all()
 
 
+def test_lars_groups_have_options_of_their_own():
+    """Each option of a group acts, is saved, and is shown: the same as an optimizer of its own."""
+    defaults = inspect.signature(train.LARS).parameters
+    names = [name for name in defaults if name not in ("params", "lr")]
+    assert names == ["momentum", "weight_decay", "trust_coefficient", "eps"]
+    other = {"momentum": 0.5, "weight_decay": 0.3, "trust_coefficient": 0.1, "eps": 1.0}
+    for name, value in other.items():
+        p, q, plain = (nn.Parameter(torch.ones(3, 3)) for _ in range(3))
+        together = train.LARS([{"params": [p]}, {"params": [q], name: value}], lr=0.5)
+        alone = train.LARS([plain], lr=0.5, **{name: value})
+        assert together.state_dict()["param_groups"][1][name] == value
+        for step in range(2):
+            for parameter in (p, q, plain):
+                parameter.grad = torch.eye(3) + step
+            together.step()
+            alone.step()
+        assert torch.equal(q, plain) and not torch.allclose(q, p, atol=1e-6), name
+
+
 def test_lars_continues_from_its_state():
     torch.manual_seed(0)
     gradients = torch.randn(4, 3, 3)
@@ -1097,13 +1293,17 @@ def test_schedule_authors_numbers():
     authors = {0: 0.04, 1: 0.1192, 25: 2.02, 49: 3.9208, 50: 4.0, 51: 3.999561367059349}
     authors |= {100: 3.0000002500000003, 150: 1.0000007499999994, 199: 0.0004396329406507382}
     for step, lr in authors.items():
-        assert train.lr_at(step, total_steps=200, warmup_steps=50, peak=4.0) == pytest.approx(lr, abs=1e-12)
+        assert train.lr_at(step, total_steps=200, warmup_steps=50, peak=4.0) == pytest.approx(
+            lr, abs=1e-12
+        )
 
 
 def test_schedule_ends_at_the_floor_and_never_leaves_its_range():
     assert train.lr_at(80, 80, 10, peak=2.0, floor=0.5) == pytest.approx(0.5)
     rates = [train.lr_at(step, 80, 10, peak=2.0) for step in range(81)]
-    assert max(rates) == rates[10] == 2.0 and rates == sorted(rates[:11]) + sorted(rates[11:], reverse=True)
+    assert max(rates) == rates[10] == 2.0 and rates == sorted(rates[:11]) + sorted(
+        rates[11:], reverse=True
+    )
 
 
 def test_schedule_without_warmup_and_all_warmup():
@@ -1118,7 +1318,9 @@ def photographs(tmp_path):
     """A folder of twelve small images in subfolders, of several formats."""
     folder = tmp_path / "photographs"
     for number in range(12):
-        image = torch.randint(0, 256, (3, 40, 30 + number), generator=torch.Generator().manual_seed(number))
+        image = torch.randint(
+            0, 256, (3, 40, 30 + number), generator=torch.Generator().manual_seed(number)
+        )
         path = folder / f"kind {number % 3}" / f"{number}.{['png', 'jpg', 'bmp'][number % 3]}"
         path.parent.mkdir(parents=True, exist_ok=True)
         v2.functional.to_pil_image(image.to(torch.uint8)).save(path)
@@ -1127,7 +1329,8 @@ def photographs(tmp_path):
     return folder
 
 
-SMALL = "--arch resnet18 --layer layer2 --size 32 --batch 4 --hidden-dim 32 --amp off --device cpu --workers 1".split()
+SMALL = ["--arch", "resnet18", "--layer", "layer2", "--size", "32", "--batch", "4"]
+SMALL += ["--hidden-dim", "32", "--amp", "off", "--device", "cpu", "--workers", "1"]
 
 
 def run_main(out, *flags):
@@ -1139,7 +1342,7 @@ def metrics(out):
 
 
 def same_weights(a, b):
-    one, two = (torch.load(out / "last.pt", weights_only=True)["core"] for out in (a, b))
+    one, two = (torch.load(out / "last.pt", weights_only=True)["model"] for out in (a, b))
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -1152,10 +1355,24 @@ def few_scenes(monkeypatch):
 def test_train_on_scenes_writes_everything(few_scenes, tmp_path, capsys):
     run_main(tmp_path, "--steps", 12, "--lr", 1)
     printed = capsys.readouterr().out
-    assert "linear probe, mIoU: random initialisation" in printed and "step 12/12" in printed
+    probes = re.findall(r"linear probe, mIoU (\d+\.\d): (.+)", printed)
+    assert [name for _, name in probes] == [
+        "random, as the recipe starts it",
+        "random, with its residual blocks switched on",
+        "pre-trained",
+    ]
+    assert len({miou for miou, _ in probes}) == 3 and "step 12/12" in printed
     records = metrics(tmp_path)
     assert [record["step"] for record in records] == [10, 12]
-    assert set(records[0]) == {"step", "loss", "similarity", "positives", "spread", "lr", "m"}  # no wall-clock figures
+    assert set(records[0]) == {
+        "step",
+        "loss",
+        "similarity",
+        "positives",
+        "spread",
+        "lr",
+        "m",
+    }  # no wall-clock figures
     assert records[1]["m"] == momentum_at(11, 12)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "backbone.pt",
@@ -1167,24 +1384,30 @@ def test_train_on_scenes_writes_everything(few_scenes, tmp_path, capsys):
     run_main(tmp_path, "--steps", 12, "--lr", 1)  # nothing is left to do
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     network = torchvision.models.resnet18(weights=None)
-    missing, unexpected = network.load_state_dict(torch.load(tmp_path / "backbone.pt", weights_only=True), strict=False)
+    missing, unexpected = network.load_state_dict(
+        torch.load(tmp_path / "backbone.pt", weights_only=True), strict=False
+    )
     assert not unexpected and {name.split(".")[0] for name in missing} == {"layer3", "layer4", "fc"}
 
 
 def test_train_on_photographs(photographs, tmp_path, capsys):
     run_main(tmp_path / "out", "--data", photographs, "--steps", 2)
-    assert (tmp_path / "out" / "features.png").exists() and metrics(tmp_path / "out")[-1]["step"] == 2
+    assert (tmp_path / "out" / "features.png").exists() and metrics(tmp_path / "out")[-1][
+        "step"
+    ] == 2
     assert "probe" not in capsys.readouterr().out  # there are no masks
 
 
 def test_train_with_heads(few_scenes, tmp_path):
     run_main(tmp_path, "--heads", "--size", 64, "--steps", 2)
-    heads = train.Heads("resnet18")
+    heads = Heads("resnet18")
     heads.load_state_dict(torch.load(tmp_path / "heads.pt", weights_only=True))
-    core = torch.load(tmp_path / "last.pt", weights_only=True)["core"]
-    assert all(torch.equal(w, core[f"backbone.{name}"]) for name, w in heads.state_dict().items())
+    model = torch.load(tmp_path / "last.pt", weights_only=True)["model"]
+    assert all(torch.equal(w, model[f"backbone.{name}"]) for name, w in heads.state_dict().items())
     body = torch.load(tmp_path / "backbone.pt", weights_only=True)
-    missing, unexpected = torchvision.models.resnet18(weights=None).load_state_dict(body, strict=False)
+    missing, unexpected = torchvision.models.resnet18(weights=None).load_state_dict(
+        body, strict=False
+    )
     assert missing == ["fc.weight", "fc.bias"] and not unexpected
 
 
@@ -1192,22 +1415,26 @@ class Killed(Exception):
     pass
 
 
-def run_killed_at(step, monkeypatch, out, *flags):
-    """A run that dies after the record of this step."""
-    record = train.Run.record
+def run_killed_at(killed, monkeypatch, out, *flags):
+    """A run that dies after this step and what follows it, its record and checkpoint."""
 
-    def dying(run, outputs):
-        record(run, outputs)
-        if run.step == step:
+    def dying(step, total_steps):
+        if step == killed:
             raise Killed
+        return momentum_at(step, total_steps)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train.Run, "record", dying)
+        patch.setattr(train, "momentum_at", dying)
         run_main(out, *flags)
 
 
 @pytest.mark.parametrize(
-    "flags", [[], ["--amp", "bf16", "--instance-weight", 1, "--num-layers", 2], ["--objective", "pixcontrast"]]
+    "flags",
+    [
+        [],
+        ["--amp", "bf16", "--instance-weight", 1, "--num-layers", 2],
+        ["--objective", "pixcontrast"],
+    ],
 )
 def test_train_continues_bit_for_bit(photographs, tmp_path, monkeypatch, flags, capsys):
     monkeypatch.setattr(train, "RECORD_STEPS", 2)
@@ -1219,7 +1446,9 @@ def test_train_continues_bit_for_bit(photographs, tmp_path, monkeypatch, flags, 
         file.write('{"step": 6, "lo')  # what a kill in the middle of writing leaves
     run_main(tmp_path / "killed", *flags, "--workers", 2)
     assert same_weights(tmp_path / "whole", tmp_path / "killed")
-    assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (tmp_path / "killed" / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (
+        tmp_path / "killed" / "metrics.jsonl"
+    ).read_bytes()
     run_main(tmp_path / "killed", *flags)
     assert "complete: 6 steps" in capsys.readouterr().out.splitlines()[-1]
 
@@ -1234,12 +1463,14 @@ def test_train_continues_without_metrics(photographs, tmp_path, monkeypatch):
 
 
 def gradients(height=40, width=60):
-    """Red grows downward, green to the right, so that turning and scaling show: uint8 [height, width, 3]."""
+    """Red grows downward, green to the right, so that turning and scaling show: uint8 [height,
+    width, 3].
+    """
     y, x = np.mgrid[:height, :width]
     return np.stack([255 * y // height, 255 * x // width, 128 + 0 * x], 2).astype(np.uint8)
 
 
-def test_train_reads_every_kind_of_image_as_what_it_shows(tmp_path):
+def test_train_reads_every_kind_of_image_as_what_it_shows(tmp_path, capfd):
     image = PIL.Image.fromarray(gradients())
     gray, rgb = image.convert("L"), np.asarray(image)
     turned = PIL.Image.Exif()
@@ -1268,19 +1499,20 @@ def test_train_reads_every_kind_of_image_as_what_it_shows(tmp_path):
         picture.save(tmp_path / name, **options)
         found = train.load_image(tmp_path / name)
         assert found.mode == "RGB" and np.asarray(found).shape == expected.shape, name
-        assert np.abs(np.asarray(found).astype(float) - expected).mean() < 6, name  # JPEG and palettes are not exact
+        assert np.abs(np.asarray(found).astype(float) - expected).mean() < 6, (
+            name
+        )  # JPEG and palettes are not exact
     run_main(tmp_path / "out", "--data", tmp_path, "--steps", 4, "--batch", 8)
-    assert not (tmp_path / "out" / "unreadable.txt").exists()
+    assert "warning" not in capfd.readouterr().out
 
 
 @pytest.fixture
 def spoiled(photographs):
-    """The twelve photographs, and six files that are none."""
+    """The twelve photographs, and five files that are none."""
     whole = (photographs / "kind 1" / "1.jpg").read_bytes()
     (photographs / "page.jpg").write_text("<html>404</html>")
     (photographs / "half.jpg").write_bytes(whole[: len(whole) // 2])
     (photographs / "empty.png").write_bytes(b"")
-    (photographs / "folder.jpg").mkdir()
     (photographs / "broken link.jpg").symlink_to(photographs / "nothing")
     (photographs / "ü.webp").write_bytes(bytes(range(256)))
     return photographs
@@ -1289,46 +1521,65 @@ def spoiled(photographs):
 def test_train_replaces_what_cannot_be_read(spoiled, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(train, "RECORD_STEPS", 2)
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)
-    flags = ["--data", spoiled, "--steps", 12]  # 48 samples, 18 an epoch
+    flags = ["--data", spoiled, "--steps", 12]  # 48 samples, 17 an epoch
     run_main(tmp_path / "out", *flags)
     printed = capfd.readouterr().out
-    bad = {"page.jpg", "half.jpg", "empty.png", "folder.jpg", "broken link.jpg", "ü.webp"}
-    assert all(printed.count(f"{name}' (") == 1 for name in bad) and printed.count("warning: cannot read") == 6
-    assert "6 by now" in printed
-    assert len((tmp_path / "out" / "unreadable.txt").read_text().splitlines()) == 6
+    warned = re.findall(r"warning: cannot read (.+), the next sample is used", printed)
+    bad = {"page.jpg", "half.jpg", "empty.png", "broken link.jpg", "ü.webp"}
+    assert {Path(path).name for path in warned} == bad
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "backbone.pt",
+        "features.png",
+        "last.pt",
+        "metrics.jsonl",
+    ]
     run_killed_at(6, monkeypatch, tmp_path / "killed", *flags)
     run_main(tmp_path / "killed", *flags, "--workers", 2)
     assert same_weights(tmp_path / "out", tmp_path / "killed")
 
 
-def test_train_sample_is_the_next_one_that_can_be_read(spoiled, tmp_path):
-    paths = sorted(path for path in spoiled.rglob("[!.]*") if path.suffix in (".png", ".jpg", ".bmp", ".webp"))
-    samples = train.Samples(paths, TwoViews(size=16), 0, tmp_path)
+def test_train_sample_is_the_next_one_that_can_be_read(spoiled, tmp_path, capsys):
+    paths = train.find_images(spoiled, tmp_path)
+    samples = train.Samples(paths, TwoViews(size=16), 0)
     drawn = [samples[n] for n in range(len(paths) + 1)]
     replaced = [n for n in range(len(paths)) if torch.equal(drawn[n][0], drawn[n + 1][0])]
-    unreadable = (tmp_path / "unreadable.txt").read_text()
-    assert len(replaced) == 6 and all(repr(str(paths[samples_order(paths)[n]])) in unreadable for n in replaced)
+    order = np.random.default_rng([0, 0]).permutation(len(paths))  # epoch 0 of seed 0
+    warned = capsys.readouterr().out
+    assert len(replaced) == 5 and all(f"read {paths[order[n]]}," in warned for n in replaced)
 
 
-def samples_order(paths):
-    return np.random.default_rng([0, 0]).permutation(len(paths))  # epoch 0 of seed 0
-
-
-@pytest.mark.parametrize("good, bad", [(30, 11), (0, 3)])
-def test_train_stops_when_too_much_cannot_be_read(tmp_path, good, bad):
-    for number in range(good):
-        PIL.Image.fromarray(gradients()).save(tmp_path / f"{number}.png")
-    for number in range(bad):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_train_stops_after_ten_photographs_in_a_row_that_cannot_be_read(tmp_path, workers, capfd):
+    for number in range(12):
         (tmp_path / f"bad {number}.png").write_text("no image")
-    with pytest.raises(SystemExit, match="train.py: expected images, found too many that cannot be read: ") as stop:
-        run_main(tmp_path / "out", "--data", tmp_path, "--steps", 40, "--batch", 2)
-    assert all(f"bad {number}.png" in stop.value.code for number in range(bad))
+    with pytest.raises(SystemExit) as stop:
+        flags = ["--data", tmp_path, "--steps", 4, "--batch", 2, "--workers", workers]
+        run_main(tmp_path / "out", *flags)
+    sentence = "ten photographs in a row cannot be read; the same command continues from"
+    assert stop.value.code.startswith(f"\ntrain.py: {sentence}")
     assert len(stop.value.code.splitlines()) == 2  # an empty one, and the sentence
+    assert capfd.readouterr().out.count("warning: cannot read") >= 10
+
+
+def test_train_finds_images_and_nothing_else(tmp_path):
+    images = ["b.jpg", "a.PNG", "sub/c.tiff", "sub/deep er/d.gif", "out.jpg/e.webp"]
+    others = ["notes.txt", ".hidden.jpg", ".cache/f.jpg", "sub/.git/g.png", "out/features.png"]
+    for name in [*images, *others]:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    (tmp_path / "album.jpg").mkdir()  # a folder of that name is no image
+    (tmp_path / "album.jpg" / "h.jpg").write_text("")
+    found = train.find_images(str(tmp_path), tmp_path / "out")
+    expected = sorted(str(tmp_path / name) for name in [*images, "album.jpg/h.jpg"])
+    assert found.tolist() == expected
 
 
 @pytest.mark.parametrize("full", ["checkpoint", "metrics"])
 def test_train_keeps_the_last_state_when_the_disk_is_full(photographs, tmp_path, monkeypatch, full):
-    resource = pytest.importorskip("resource")  # a limit on the size of files fails as a full disk does, midway
+    resource = pytest.importorskip(
+        "resource"
+    )  # a limit on the size of files fails as a full disk does, midway
     monkeypatch.setattr(train, "RECORD_STEPS", 1)
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)
     flags = ["--data", photographs, "--steps", 4]
@@ -1340,7 +1591,9 @@ def test_train_keeps_the_last_state_when_the_disk_is_full(photographs, tmp_path,
     try:
         limit = len(before) // 2 if full == "checkpoint" else size + 20
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
-        with pytest.raises(SystemExit, match="File too large; the same command continues from what is saved") as stop:
+        with pytest.raises(
+            SystemExit, match="the disk is full .*File too large.*; the same command"
+        ) as stop:
             run_main(tmp_path / "out", *flags)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -1348,7 +1601,9 @@ def test_train_keeps_the_last_state_when_the_disk_is_full(photographs, tmp_path,
     assert (tmp_path / "out" / "last.pt").read_bytes() == before
     run_main(tmp_path / "out", *flags)
     assert same_weights(tmp_path / "whole", tmp_path / "out")
-    assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (tmp_path / "out" / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (
+        tmp_path / "out" / "metrics.jsonl"
+    ).read_bytes()
 
 
 def test_train_writes_into_the_folder_that_it_reads(photographs, monkeypatch):
@@ -1364,7 +1619,9 @@ class Code:
         return (print, ("this code must not run",))
 
 
-@pytest.mark.parametrize("kind", ["another program", "weights alone", "truncated", "text", "empty", "code"])
+@pytest.mark.parametrize(
+    "kind", ["another program", "weights alone", "truncated", "text", "empty", "code"]
+)
 def test_train_refuses_what_is_no_checkpoint(photographs, tmp_path, capsys, kind):
     out = tmp_path / "out"
     run_main(out, "--data", photographs, "--steps", 1)
@@ -1374,7 +1631,10 @@ def test_train_refuses_what_is_no_checkpoint(photographs, tmp_path, capsys, kind
     elif kind in ("text", "empty"):
         (out / "last.pt").write_text("no checkpoint" if kind == "text" else "")
     else:
-        other = {"another program": {"epoch": 3, "state_dict": whole["core"]}, "weights alone": whole["core"]}
+        other = {
+            "another program": {"epoch": 3, "state_dict": whole["model"]},
+            "weights alone": whole["model"],
+        }
         torch.save(other.get(kind, whole | {"step": Code()}), out / "last.pt")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     capsys.readouterr()
@@ -1382,7 +1642,11 @@ def test_train_refuses_what_is_no_checkpoint(photographs, tmp_path, capsys, kind
         run_main(out, "--data", photographs, "--steps", 1)
     printed = capsys.readouterr()
     error = printed.err.splitlines()
-    assert stop.value.code == 2 and "expected a checkpoint of train.py, found" in error[-1] and len(error) <= 2
+    assert (
+        stop.value.code == 2
+        and "expected a checkpoint of train.py, found" in error[-1]
+        and len(error) <= 2
+    )
     assert "must not run" not in printed.out
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
@@ -1404,34 +1668,79 @@ def test_train_refuses_a_file_as_output(photographs, tmp_path, capsys):
     assert (tmp_path / "out").read_text() == "precious"
 
 
-@pytest.mark.parametrize("place", ["__init__", "record", "finish"])
+@pytest.mark.parametrize("place", ["PixPro", "lr_at", "print_progress", "finish"])
 def test_train_ends_with_one_line_at_ctrl_c(photographs, tmp_path, monkeypatch, place):
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
     flags = ["--data", photographs, "--steps", 1]
     run_main(tmp_path / "whole", *flags)
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(train.Run, place, interrupted)
-        run_main(tmp_path / "out", *flags)
     out = tmp_path / "out"
-    assert stop.value.code == f"\ntrain.py: interrupted; the same command continues from what is saved in {out}"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(train, place, interrupted)
+        run_main(out, *flags)
+    sentence = "interrupted; the same command continues from the last checkpoint"
+    assert stop.value.code == f"\ntrain.py: {sentence}"
     run_main(out, *flags)
     assert same_weights(tmp_path / "whole", out)
 
 
-def test_train_keeps_the_checkpoint_from_weights_that_are_not_finite(photographs, tmp_path, monkeypatch):
+def test_train_lets_other_errors_through(photographs, tmp_path, monkeypatch):
+    """What was not foreseen keeps its own type and traceback, also without a message."""
+    for error in (RuntimeError("NCCL"), RuntimeError(), OSError("too many open files"), OSError()):
+
+        def failing(*arguments, error=error):
+            raise error
+
+        with monkeypatch.context() as patch, pytest.raises(type(error)) as found:
+            patch.setattr(train, "lr_at", failing)
+            run_main(tmp_path / "out", "--data", photographs, "--steps", 1)
+        assert found.value is error
+
+
+def test_train_deletes_nothing_before_the_command_is_checked(photographs, tmp_path, capsys):
+    out = tmp_path / "out"
+    run_main(out, "--data", photographs, "--steps", 2)
+    (out / "unreadable.txt").write_text("of somebody")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for flags in (["--gamma", 1], ["--layer", "layer9"], ["--batch", 5000], ["--data", "nowhere"]):
+        with pytest.raises(SystemExit) as stop:
+            run_main(out, "--data", photographs, "--steps", 2, *flags)
+        assert stop.value.code == 2
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_train_refuses_a_checkpoint_of_the_first_edition(photographs, tmp_path, capsys):
+    out = tmp_path / "out"
+    run_main(out, "--data", photographs, "--steps", 1)
+    checkpoint = torch.load(out / "last.pt", weights_only=True)
+    checkpoint["core"] = checkpoint.pop("model")
+    del checkpoint["settings"]["format"]
+    torch.save(checkpoint, out / "last.pt")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_main(out, "--data", photographs, "--steps", 1)
+    error = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(error) == 1
+    assert "last.pt has other settings: format was None, is 2" in error[0]
+
+
+def test_train_keeps_the_checkpoint_from_weights_that_are_not_finite(
+    photographs, tmp_path, monkeypatch
+):
     monkeypatch.setattr(train, "RECORD_STEPS", 2)
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)
     step = train.LARS.step
 
     def breaking(optimizer):
         step(optimizer)
-        if optimizer.param_groups[0]["lr"] == train.lr_at(3, 6, 1, 4 / 256):  # in the last step of a window
+        if optimizer.param_groups[0]["lr"] == train.lr_at(
+            3, 6, 1, 4 / 256
+        ):  # in the last step of a window
             optimizer.param_groups[0]["params"][0].data.fill_(math.inf)
 
     monkeypatch.setattr(train.LARS, "step", breaking)
-    with pytest.raises(SystemExit, match="weights are not finite at step 4"):
+    with pytest.raises(SystemExit, match="the weights are not finite at step 4"):
         run_main(tmp_path / "out", "--data", photographs, "--steps", 6)
     assert torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"] == 2
 
@@ -1450,7 +1759,9 @@ def test_train_does_not_restart_m(photographs, tmp_path, monkeypatch):
     run_killed_at(3, monkeypatch, tmp_path / "out", "--data", photographs, "--steps", 5)
     used = []
     update = PixPro.update_momentum
-    monkeypatch.setattr(PixPro, "update_momentum", lambda model, m: (used.append(m), update(model, m)))
+    monkeypatch.setattr(
+        PixPro, "update_momentum", lambda model, m: (used.append(m), update(model, m))
+    )
     run_main(tmp_path / "out", "--data", photographs, "--steps", 5)
     assert used == [momentum_at(3, 5), momentum_at(4, 5)]
 
@@ -1462,37 +1773,44 @@ def test_train_refuses_other_settings(photographs, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run_main(tmp_path / "out", *flags, "--gamma", 1, "--seed", 3)
     assert stop.value.code == 2
-    assert "gamma was 2.0, is 1.0" in (error := capsys.readouterr().err) and "seed was 0, is 3" in error
+    assert (
+        "gamma was 2.0, is 1.0" in (error := capsys.readouterr().err)
+        and "seed was 0, is 3" in error
+    )
     assert (tmp_path / "out" / "last.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--arch", "resnet19"], "resnet18"),
-        (["--layer", "layer9"], "layer4"),
-        (["--heads", "--arch", "vgg16"], "found 'vgg16'"),
-        (["--batch", "0"], "expected a batch"),
+        (["--arch", "resnet19"], "classification network of torchvision, found 'resnet19'"),
+        (["--arch", "deeplabv3_resnet50"], "found 'deeplabv3_resnet50'"),
+        (["--layer", "layer9"], "'layer9' is not present in model"),
+        (["--heads", "--arch", "vgg16"], "expected a ResNet of torchvision, found 'vgg16'"),
+        (["--batch", "0"], "expected --batch > 0, found 0"),
         (["--batch", "13"], "expected a batch <= 12, a multiple of 1, found 13"),
-        (["--steps", "0"], "expected steps, lr,"),
-        (["--size", "0"], "0"),
+        (["--steps", "0"], "expected --steps > 0, found 0"),
+        (["--epochs", "-1"], "expected --epochs > 0, found -1"),
+        (["--size", "0"], "expected --size > 0, found 0"),
         (["--size", "8"], "expected a size that makes a map of at least 2 x 2, found 8"),
-        (["--seed", "-1"], "seed, workers >= 0"),
-        (["--workers", "-1"], "seed, workers >= 0"),
-        (["--warmup-epochs", "-9"], "warm-up, seed, workers >= 0"),
-        (["--loss-scale", "nan"], "loss scale"),
-        (["--threshold", "-1"], "threshold >= 0"),
-        (["--temperature", "0"], "temperature > 0"),
-        (["--hidden-dim", "-1"], "expected steps, lr, loss scale, width > 0"),
-        (["--hidden-dim", "0"], "expected steps, lr, loss scale, width > 0"),
-        (["--device", "abacus"], "abacus"),
-        (["--gamma", "-1"], "expected gamma > 0"),
+        (["--seed", "-1"], "expected --seed >= 0, found -1"),
+        (["--workers", "-1"], "expected --workers >= 0, found -1"),
+        (["--warmup-epochs", "-9"], "expected --warmup-epochs >= 0, found -9"),
+        (["--loss-scale", "nan"], "expected --loss-scale > 0, found nan"),
+        (["--threshold", "-1"], "expected --threshold >= 0, found -1"),
+        (["--instance-weight", "-1"], "expected --instance-weight >= 0, found -1"),
+        (["--temperature", "0"], "expected --temperature > 0, found 0"),
+        (["--hidden-dim", "-1"], "expected --hidden-dim > 0, found -1"),
+        (["--hidden-dim", "0"], "expected --hidden-dim > 0, found 0"),
+        (["--num-layers", "-1"], "expected --num-layers >= 0, found -1"),
+        (["--device", "abacus"], "argument --device: invalid choice: 'abacus'"),
+        (["--gamma", "-1"], "expected --gamma > 0, found -1"),
         (["--objective", "simclr"], "found 'simclr'"),
         (["--obj", "pixpro"], "unrecognized arguments: --obj"),
-        (["--lr", "0"], "expected steps, lr,"),
-        (["--lr", "-1"], "expected steps, lr,"),
-        (["--lr", "nan"], "expected steps, lr,"),
-        (["--lr", "inf"], "expected steps, lr,"),
+        (["--lr", "0"], "expected --lr > 0, found 0"),
+        (["--lr", "-1"], "expected --lr > 0, found -1"),
+        (["--lr", "nan"], "expected --lr > 0, found nan"),
+        (["--lr", "inf"], "expected --lr > 0, found inf"),
         (["--data", "no-such-folder"], "expected images below no-such-folder, found none"),
     ],
 )
@@ -1512,18 +1830,21 @@ def test_train_refuses_a_folder_without_images(tmp_path, capsys, files):
     with pytest.raises(SystemExit) as stop:
         run_main(tmp_path / "out", "--data", tmp_path / "data", "--steps", 1)
     error = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and error[-1].endswith(f"expected images below {tmp_path / 'data'}, found none")
+    assert stop.value.code == 2 and error[-1].endswith(
+        f"expected images below {tmp_path / 'data'}, found none"
+    )
     assert not (tmp_path / "out").exists()
 
 
 def test_train_refuses_a_batch_that_ranks_cannot_share(photographs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda: None)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
     with pytest.raises(SystemExit) as stop:
         run_main(tmp_path / "out", "--data", photographs, "--steps", 1)
-    assert stop.value.code == 2 and "a multiple of 3, found 4" in capsys.readouterr().err.splitlines()[-1]
+    assert (
+        stop.value.code == 2
+        and "a multiple of 3, found 4" in capsys.readouterr().err.splitlines()[-1]
+    )
 
 
 def test_train_stops_at_a_loss_that_is_not_finite(photographs, tmp_path, monkeypatch, capsys):
@@ -1538,7 +1859,9 @@ def test_train_stops_at_a_loss_that_is_not_finite(photographs, tmp_path, monkeyp
         return output._replace(loss=output.loss * math.nan) if len(calls) == 3 else output
 
     monkeypatch.setattr(PixPro, "forward", breaking)
-    with pytest.raises(SystemExit, match="the loss of step 3 is nan"):
+    with pytest.raises(
+        SystemExit, match="the loss is nan before step 4; try a lower --lr; the same"
+    ):
         run_main(tmp_path / "out", "--data", photographs, "--steps", 6)
     assert torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"] == 2
     assert [record["step"] for record in metrics(tmp_path / "out")] == [2]
@@ -1547,8 +1870,13 @@ def test_train_stops_at_a_loss_that_is_not_finite(photographs, tmp_path, monkeyp
 def test_train_warns_of_collapse(photographs, tmp_path, monkeypatch, capsys):
     forward = PixPro.forward
     for spread, warned in ((0.2, True), (0.8, False)):
-        monkeypatch.setattr(PixPro, "forward", lambda *a: forward(*a)._replace(spread=torch.tensor(spread)))
-        run_main(tmp_path / str(spread), "--data", photographs, "--steps", 2, "--warmup-epochs", 0)
+
+        def spreading(*arguments, spread=spread):
+            return forward(*arguments)._replace(spread=torch.tensor(spread))
+
+        monkeypatch.setattr(PixPro, "forward", spreading)
+        flags = ["--data", photographs, "--steps", 2, "--warmup-epochs", 0]
+        run_main(tmp_path / str(spread), *flags)
         assert ("the features may have collapsed" in capsys.readouterr().out) == warned
 
 
@@ -1577,7 +1905,9 @@ def test_train_scenes_are_a_function_of_seed_and_number():
     assert scenes.images.shape == (4, 3, 64, 64) and scenes.images.dtype == torch.uint8
     assert scenes.masks.shape == (4, 64, 64) and scenes.masks.max() < len(train.CLASSES)
     again = train.Scenes(1, seed=3, first=12, size=64)
-    assert torch.equal(again.images[0], scenes.images[2]) and torch.equal(again.masks[0], scenes.masks[2])
+    assert torch.equal(again.images[0], scenes.images[2]) and torch.equal(
+        again.masks[0], scenes.masks[2]
+    )
     assert not torch.equal(train.Scenes(1, seed=4, first=12, size=64).images, again.images)
     assert len(train.Scenes(12).masks.unique()) == len(train.CLASSES)
 
@@ -1592,7 +1922,9 @@ def test_train_scenes_colour_alone_does_not_give_the_class():
         def forward(self, image):
             return F.avg_pool2d(image, 4)
 
-    miou = train.linear_probe(Colour(), train.Scenes(48, first=0, size=72), train.Scenes(48, first=48, size=72))
+    miou = train.linear_probe(
+        Colour(), train.Scenes(48, first=0, size=72), train.Scenes(48, first=48, size=72)
+    )
     assert 5 < miou < 40
 
 
@@ -1618,7 +1950,14 @@ def test_train_probe_finds_classes_that_are_linear_in_the_features():
 
 
 def torchrun(ranks, out, *flags):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "train.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+        "train.py",
+    ]
     command += [*SMALL, "--out", str(out), *map(str, flags)]
     return subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=200)
 
@@ -1631,44 +1970,66 @@ def test_train_on_two_ranks(photographs, tmp_path):
     run_main(tmp_path / "one", *flags)
     one, two = metrics(tmp_path / "one")[0], metrics(tmp_path / "two")[0]
     assert two["positives"] == pytest.approx(one["positives"])  # the same samples and crops
-    assert two["loss"] == pytest.approx(one["loss"], abs=0.2)  # BatchNorm saw half batches: near, not equal
+    assert two["loss"] == pytest.approx(
+        one["loss"], abs=0.2
+    )  # BatchNorm saw half batches: near, not equal
 
 
 DYING_SCRIPT = """
 import os, pathlib, signal, sys, train
 train.RECORD_STEPS, train.SAVE_SECONDS = 1, 0
-record, marker = train.Run.record, pathlib.Path(sys.argv.pop())
+momentum_at, marker = train.momentum_at, pathlib.Path(sys.argv.pop())
 
-def dying(run, outputs):
-    record(run, outputs)
-    if run.rank == 1 and run.step == 4 and not marker.exists():
+def dying(step, total_steps):
+    if os.environ["RANK"] == "1" and step == 4 and not marker.exists():
         marker.touch()
         os.kill(os.getpid(), signal.SIGKILL)
+    return momentum_at(step, total_steps)
 
-train.Run.record = dying
+train.momentum_at = dying
 train.main(sys.argv[1:])
 """
 
 
-def test_train_continues_with_other_ranks_and_after_one_has_died(photographs, tmp_path, monkeypatch):
+def test_train_continues_with_other_ranks_and_after_one_has_died(
+    photographs, tmp_path, monkeypatch
+):
     monkeypatch.setattr(train, "RECORD_STEPS", 1)
     monkeypatch.setattr(train, "SAVE_SECONDS", 0)
     flags = ["--data", photographs, "--steps", 6, "--lr", 1]
     run_main(tmp_path / "whole", *flags)
     run_killed_at(2, monkeypatch, tmp_path / "out", *flags)
     (tmp_path / "dying.py").write_text(DYING_SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
-    command += [tmp_path / "dying.py", *SMALL, "--out", tmp_path / "out", *flags, tmp_path / "marker"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "--max-restarts=1",
+    ]
+    command += [
+        tmp_path / "dying.py",
+        *SMALL,
+        "--out",
+        tmp_path / "out",
+        *flags,
+        tmp_path / "marker",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(HERE), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [*map(str, command)], env=environment, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0 and (tmp_path / "marker").exists(), done.stderr
     assert done.stdout.count("complete: 6 steps") == 1
-    starts = [int(step) for step in re.findall(r"from step (\d+)", done.stdout)]
+    starts = [int(step) for step in re.findall(r"off, step (\d+)", done.stdout)]
     assert starts[0] == 2 and 3 <= starts[1] <= 4 and len(starts) == 2
     one, other = metrics(tmp_path / "whole"), metrics(tmp_path / "out")
     assert [record["step"] for record in other] == [1, 2, 3, 4, 5, 6]
     for a, b in zip(one, other):
-        assert b["positives"] == pytest.approx(a["positives"])  # the same samples and crops in the same order
+        assert b["positives"] == pytest.approx(
+            a["positives"]
+        )  # the same samples and crops in the same order
         assert (b["lr"], b["m"]) == (a["lr"], a["m"])
 
 
@@ -1700,26 +2061,66 @@ dist.destroy_process_group()
 def test_train_gradient_of_two_ranks_is_the_mean(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(RANK_SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(script),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(HERE)}
-    done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr
-    (own_0, shared_0, after_0), (own_1, shared_1, after_1) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    (own_0, shared_0, after_0), (own_1, shared_1, after_1) = (
+        torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)
+    )
     model = small_pixpro(instance_weight=1.0).eval()
-    whole = torch.autograd.grad(model(*small_batch()).loss, [p for p in model.parameters() if p.requires_grad])
+    whole = torch.autograd.grad(
+        model(*small_batch()).loss, [p for p in model.parameters() if p.requires_grad]
+    )
     for a, b, first, second, one in zip(own_0, own_1, shared_0, shared_1, whole):
         assert torch.equal(first, second)
         assert torch.allclose(first, (a + b) / 2, atol=1e-7)
-        assert torch.allclose(first, one, atol=1e-6)  # BatchNorm in eval mode, every image has positives
+        assert torch.allclose(
+            first, one, atol=1e-6
+        )  # BatchNorm in eval mode, every image has positives
     assert all(torch.equal(first, second) for first, second in zip(after_0, after_1))
     assert not all(torch.equal(first, before) for first, before in zip(after_0, model.parameters()))
 
 
 def test_train_amp_auto(monkeypatch):
-    monkeypatch.setattr(train.sys, "platform", "linux")
-    for flags, amp in (("fma avx512_bf16", "bf16"), ("amx_bf16 sse2", "bf16"), ("avx2 avx512f", "off")):
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    for flags, amp in (
+        ("fma avx512_bf16", "bf16"),
+        ("amx_bf16 sse2", "bf16"),
+        ("avx2 avx512f", "off"),
+    ):
         monkeypatch.setattr(Path, "read_text", lambda path, flags=flags: flags)
-        assert train.auto_amp(torch.device("cpu")) == amp
+        assert train.auto_amp("cpu") == amp
+    monkeypatch.setattr(Path, "exists", lambda path: False)  # not on Linux
+    assert train.auto_amp("cpu") == "off"
+
+
+def test_train_steps_seeds_and_ranks_draw_dropout_of_their_own(photographs, tmp_path, monkeypatch):
+    """No two forward passes start from the same state of the generator that dropout draws from."""
+    seeds = []
+    forward = PixPro.forward
+
+    def recording(*arguments):
+        seeds.append(torch.initial_seed())
+        return forward(*arguments)
+
+    monkeypatch.setattr(PixPro, "forward", recording)
+    monkeypatch.setattr(train, "finish", lambda *arguments: None)
+    for seed in (0, 1):
+        for rank in (0, 1):
+            monkeypatch.setenv("RANK", str(rank))
+            out = tmp_path / f"{seed}{rank}"
+            run_main(out, "--data", photographs, "--steps", 3, "--seed", seed)
+    assert len(seeds) >= 10 and len(set(seeds)) == len(seeds)
 
 
 def test_train_in_bf16_and_fp16(photographs, tmp_path):
@@ -1727,8 +2128,12 @@ def test_train_in_bf16_and_fp16(photographs, tmp_path):
     for amp in ("off", "bf16", "fp16"):
         run_main(tmp_path / amp, "--data", photographs, "--steps", 2, "--amp", amp)
         losses[amp] = metrics(tmp_path / amp)[-1]["loss"]
-    assert losses["bf16"] == pytest.approx(losses["off"], abs=0.05) and losses["bf16"] != losses["off"]
-    assert losses["fp16"] == pytest.approx(losses["off"], abs=0.05) and losses["fp16"] != losses["off"]
+    assert (
+        losses["bf16"] == pytest.approx(losses["off"], abs=0.05) and losses["bf16"] != losses["off"]
+    )
+    assert (
+        losses["fp16"] == pytest.approx(losses["off"], abs=0.05) and losses["fp16"] != losses["off"]
+    )
 
 
 # ------------------------------------ Networks ------------------------------------
@@ -1745,7 +2150,11 @@ def test_backbone_has_torchvisions_names():
 
 @pytest.mark.parametrize(
     "arch, layer, channels",
-    [("resnet18", "layer1", 64), ("mobilenet_v3_small", "features", 576), ("convnext_tiny", "features.3", 192)],
+    [
+        ("resnet18", "layer1", 64),
+        ("mobilenet_v3_small", "features", 576),
+        ("convnext_tiny", "features.3", 192),
+    ],
 )
 def test_backbone_of_any_architecture(arch, layer, channels):
     backbone = Backbone(arch, layer)
@@ -1755,12 +2164,17 @@ def test_backbone_of_any_architecture(arch, layer, channels):
 
 def test_backbone_leaves_no_trace():
     torch.manual_seed(0)
-    network = torchvision.models.get_model("efficientnet_b0", weights=None)  # dropout, stochastic depth, BatchNorm
+    network = torchvision.models.get_model(
+        "efficientnet_b0", weights=None
+    )  # dropout, stochastic depth, BatchNorm
     state = torch.get_rng_state()
     torch.manual_seed(0)
     backbone = Backbone("efficientnet_b0", "features")
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(value, network.state_dict()[name]) for name, value in backbone.body.state_dict().items())
+    assert all(
+        torch.equal(value, network.state_dict()[name])
+        for name, value in backbone.body.state_dict().items()
+    )
     assert all(module.training for module in backbone.modules())
 
 
@@ -1771,13 +2185,14 @@ def test_backbone_starts_residual_blocks_at_zero():
 
 
 def test_backbone_refuses_what_gives_no_map():
-    with pytest.raises(ValueError, match="arch such as resnet50, .*; found 'resnet5'"):
-        Backbone("resnet5")
-    with pytest.raises(ValueError, match="layer such as layer4, .*; found 'layer_4'"):
+    for arch in ("resnet5", "deeplabv3_resnet50"):  # the second would download weights
+        with pytest.raises(ValueError, match=f"classification network .* found '{arch}'"):
+            Backbone(arch)
+    with pytest.raises(ValueError, match="'layer_4' is not present in model"):
         Backbone("resnet18", "layer_4")
-    with pytest.raises(ValueError, match=r"from layer 'encoder' of vit_b_32, found \[1, 50, 768\]"):
+    with pytest.raises(ValueError, match=r"from 'encoder' of vit_b_32, found \[1, 50, 768\]"):
         Backbone("vit_b_32", "encoder")
-    with pytest.raises(ValueError, match=r"from layer 'features' of swin_t, found \[1, 7, 7, 768\]"):
+    with pytest.raises(ValueError, match=r"from 'features' of swin_t, found \[1, 7, 7, 768\]"):
         Backbone("swin_t", "features")
 
 
@@ -1791,7 +2206,9 @@ def test_projection_head():
 # ------------------------------------ The whole ------------------------------------
 def authors_model():
     """The authors' network of their training example, every weight a wave."""
-    backbone = nn.Sequential(nn.Conv2d(3, 2048, 8, stride=8, bias=False), nn.BatchNorm2d(2048), nn.ReLU())
+    backbone = nn.Sequential(
+        nn.Conv2d(3, 2048, 8, stride=8, bias=False), nn.BatchNorm2d(2048), nn.ReLU()
+    )
     backbone.out_channels = 2048
     model = PixPro(backbone, hidden_dim=4096)
     with torch.no_grad():
@@ -1809,7 +2226,9 @@ def test_whole_four_steps_equal_the_authors():
     model = authors_model()
     optimizer = train.LARS([p for p in model.parameters() if p.requires_grad], lr=0.5)
     box_1 = tensor([0.1, 0.2, 0.7, 0.9], [0, 0, 1, 1], [0.8, 0.1, 0.3, 0.6], [0.2, 0.2, 0.6, 0.6])
-    box_2 = tensor([0.3, 0.1, 0.9, 0.8], [0.25, 0.25, 0.75, 0.75], [0.2, 0.2, 0.9, 0.7], [0.4, 0.3, 0.8, 0.7])
+    box_2 = tensor(
+        [0.3, 0.1, 0.9, 0.8], [0.25, 0.25, 0.75, 0.75], [0.2, 0.2, 0.9, 0.7], [0.4, 0.3, 0.8, 0.7]
+    )
     for t, authors in enumerate([0.0243279077, -0.0373621881, -0.0420739502, -0.0545188114]):
         view_1, view_2 = wave(4, 3, 32, 32, a=0.013, b=t), wave(4, 3, 32, 32, a=0.017, b=0.3 * t)
         model.update_momentum(momentum_at(t, 6))
@@ -1817,7 +2236,7 @@ def test_whole_four_steps_equal_the_authors():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        assert loss.item() == pytest.approx(authors, abs=1e-5)
+        assert loss.item() == pytest.approx(authors, abs=1e-6)
 
 
 def test_whole_figures_are_what_they_say():
@@ -1828,7 +2247,9 @@ def test_whole_figures_are_what_they_say():
     assert output.positives.item() == pytest.approx(A.sum().item() / 4)
     with torch.no_grad():
         x = [model.projector(model.backbone(view)) for view in (view_1, view_2)]
-        x_prime = [model.momentum_projector(model.momentum_backbone(view)) for view in (view_1, view_2)]
+        x_prime = [
+            model.momentum_projector(model.momentum_backbone(view)) for view in (view_1, view_2)
+        ]
         y = [model.propagation(one) for one in x]
     forth = slow_consistency(y[0], x_prime[1], A)
     back = slow_consistency(y[1], x_prime[0], A.transpose(1, 2))
@@ -1836,10 +2257,15 @@ def test_whole_figures_are_what_they_say():
     forth = slow_consistency(x[0], x_prime[1], A)
     back = slow_consistency(x[1], x_prime[0], A.transpose(1, 2))
     assert output.similarity.item() == pytest.approx(-(forth + back) / 2, abs=1e-5)
-    units = [[p.numpy() / math.sqrt(float(p @ p)) for image in one for p in slow_pixels(image)] for one in x]
+    units = [
+        [p.numpy() / math.sqrt(float(p @ p)) for image in one for p in slow_pixels(image)]
+        for one in x
+    ]
     spreads = [np.stack(unit).std(0).mean() * math.sqrt(6) for unit in units]
     assert output.spread.item() == pytest.approx(np.mean(spreads), abs=1e-5)
-    assert not any(figure.requires_grad for figure in output[1:]) and all(value.dim() == 0 for value in output)
+    assert not any(figure.requires_grad for figure in output[1:]) and all(
+        value.dim() == 0 for value in output
+    )
 
 
 def test_whole_spread_is_1_for_white_features_and_0_when_collapsed():
@@ -1852,18 +2278,24 @@ def test_whole_spread_is_1_for_white_features_and_0_when_collapsed():
 
 def test_whole_pixcontrast_objective():
     model = small_pixpro(objective="pixcontrast", temperature=0.2)
-    assert model.propagation is None
+    assert not hasattr(model, "propagation")
     view_1, view_2, box_1, box_2 = small_batch()
     A = slow_positive_pairs(box_1, box_2, (3, 4), 0.7)
     output = model(view_1, view_2, box_1, box_2)
     with torch.no_grad():
         x = [model.projector(model.backbone(view)) for view in (view_1, view_2)]
-        x_prime = [model.momentum_projector(model.momentum_backbone(view)) for view in (view_1, view_2)]
-    expected = slow_pixcontrast(x[0], x_prime[1], A, 0.2) + slow_pixcontrast(x[1], x_prime[0], A.transpose(1, 2), 0.2)
+        x_prime = [
+            model.momentum_projector(model.momentum_backbone(view)) for view in (view_1, view_2)
+        ]
+    expected = slow_pixcontrast(x[0], x_prime[1], A, 0.2) + slow_pixcontrast(
+        x[1], x_prime[0], A.transpose(1, 2), 0.2
+    )
     assert output.loss.item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"instance_weight": 1.0, "num_layers": 2}, {"objective": "pixcontrast"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"instance_weight": 1.0, "num_layers": 2}, {"objective": "pixcontrast"}]
+)
 def test_whole_every_parameter_is_used(options):
     model = small_pixpro(**options)
     model(*small_batch()).loss.backward()
@@ -1878,7 +2310,11 @@ def test_whole_without_any_overlap(options):
     output = model(view_1, view_2, box_1, box_2 + 1000)
     output.loss.backward()
     assert output.positives == 0 and output.similarity == 0
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    assert all(
+        p.grad is not None and p.grad.isfinite().all()
+        for p in model.parameters()
+        if p.requires_grad
+    )
 
 
 def test_whole_one_image_in_eval_mode():
@@ -1890,17 +2326,33 @@ def test_whole_one_image_in_eval_mode():
 def test_whole_takes_synchronised_batchnorm():
     model = PixPro(Backbone("resnet18", "layer1"), dim=4, hidden_dim=8, num_layers=2)
     kinds = [type(module) for module in nn.SyncBatchNorm.convert_sync_batchnorm(model).modules()]
-    assert nn.BatchNorm2d not in kinds and kinds.count(nn.SyncBatchNorm) == 2 * (5 + 1) + 1  # with the PPM's
+    assert (
+        nn.BatchNorm2d not in kinds and kinds.count(nn.SyncBatchNorm) == 2 * (5 + 1) + 1
+    )  # with the PPM's
 
 
 def test_whole_default_is_the_paper():
     defaults = {name: p.default for name, p in inspect.signature(PixPro).parameters.items()}
     assert defaults["dim"] == 256 and defaults["hidden_dim"] == 2048
     assert defaults["gamma"] == 2 and defaults["num_layers"] == 1 and defaults["threshold"] == 0.7
-    assert defaults["temperature"] == 0.3 and defaults["objective"] == "pixpro" and defaults["instance_weight"] == 0
+    assert (
+        defaults["temperature"] == 0.3
+        and defaults["objective"] == "pixpro"
+        and defaults["instance_weight"] == 0
+    )
     paper = train.PAPER
-    assert (paper["arch"], paper["layer"], paper["size"], paper["batch"]) == ("resnet50", "layer4", 224, 1024)
-    assert (paper["epochs"], paper["warmup_epochs"], paper["lr"], paper["loss_scale"]) == (100, 5, None, 2)
+    assert (paper["arch"], paper["layer"], paper["size"], paper["batch"]) == (
+        "resnet50",
+        "layer4",
+        224,
+        1024,
+    )
+    assert (paper["epochs"], paper["warmup_epochs"], paper["lr"], paper["loss_scale"]) == (
+        100,
+        5,
+        None,
+        2,
+    )
     for name in train.MODEL:
         assert paper[name] == defaults[name]
 
@@ -1910,11 +2362,15 @@ class SmallPyramid(SmallBackbone):
 
     def forward(self, image):
         fine = self.body(image)  # [N, 8, H, W]
-        return {"0": fine, "1": F.avg_pool2d(fine, 2, ceil_mode=True), "pool": F.max_pool2d(fine, 3)}
+        return {
+            "0": fine,
+            "1": F.avg_pool2d(fine, 2, ceil_mode=True),
+            "pool": F.max_pool2d(fine, 3),
+        }
 
 
 def test_whole_several_levels():
-    """The loss and the figures are means over the levels; the instance branch reads the coarsest."""
+    """Loss and figures are means over the levels; the instance branch reads the coarsest."""
 
     class OneLevel(SmallPyramid):
         def forward(self, image):
@@ -1935,30 +2391,11 @@ def test_whole_several_levels():
     one.instance_weight = 0.5
     instance = one(*batch).loss - outputs["pool"][0]
     found = pyramid(*batch)
-    assert torch.allclose(torch.stack(found), mean + torch.stack([instance, *torch.zeros(3)]), atol=1e-5)
+    assert torch.allclose(
+        torch.stack(found), mean + torch.stack([instance, *torch.zeros(3)]), atol=1e-5
+    )
     found.loss.backward()
     assert not any(figure.requires_grad for figure in found[1:])
-
-
-@pytest.mark.parametrize("objective", ["pixpro", "pixcontrast"])
-@pytest.mark.parametrize("overlap", [True, False])
-def test_whole_large_maps_in_pieces(objective, overlap, monkeypatch):
-    view_1, view_2, box_1, box_2 = small_batch(n=5)
-    box_2[2 if overlap else slice(None)] += 1000  # one image, or all, without positive pairs
-    results, pieces = [], []
-    piece = PixPro.piece
-    monkeypatch.setattr(PixPro, "piece", lambda model, *maps: (pieces.append(len(maps[0])), piece(model, *maps))[1])
-    for pairs in (2**23, 2 * 12**2):  # 12 pixels: two images at once
-        monkeypatch.setattr(PixPro, "pairs_at_once", pairs)
-        model = small_pixpro(objective=objective, num_layers=2)
-        output = model(view_1, view_2, box_1, box_2)
-        output.loss.backward()
-        results.append((output, [p.grad for p in model.parameters() if p.requires_grad]))
-    assert pieces[:8] == [5, 5] + [2, 2, 1] * 2 and len(pieces) == 14  # the last six are computed again
-    (whole, gradients), (in_pieces, gradients_in_pieces) = results
-    assert torch.allclose(torch.stack(whole), torch.stack(in_pieces), atol=1e-6)
-    for a, b in zip(gradients, gradients_in_pieces):
-        assert torch.allclose(a, b, atol=1e-6)
 
 
 def test_whole_one_channel_images():
@@ -1969,23 +2406,32 @@ def test_whole_one_channel_images():
 
 
 def test_whole_refuses_what_does_not_fit():
-    model = small_pixpro()
     view_1, view_2, box_1, box_2 = small_batch()
     with pytest.raises(ValueError, match="found 'simsiam'"):
         small_pixpro(objective="simsiam")
+    with pytest.raises(ValueError, match="threshold >= 0, found -1"):
+        small_pixpro(threshold=-1)(view_1, view_2, box_1, box_2)
+    with pytest.raises(ValueError, match="temperature > 0, found 0"):
+        model = small_pixpro(objective="pixcontrast", temperature=0)
+        model(view_1, view_2, box_1, box_2)
+    for height, width in ((12, 20), (16, 16)):  # another map for view 2: 3 x 5, 4 x 4
+        other = torch.zeros(4, 3, height, width)
+        with pytest.raises(ValueError, match=r"expected positives \[4, 12, 1[56]\] for the maps"):
+            model = small_pixpro()
+            model(view_1, other, box_1, box_2)
     with pytest.raises(
-        ValueError, match="instance_weight and threshold >= 0 and temperature > 0, found -1, 0.7 and 0.3"
+        ValueError, match=r"expected positives \[4, 12, 12\] for the maps, found \[1"
     ):
-        small_pixpro(instance_weight=-1)
-    with pytest.raises(ValueError, match=r"two views .* found \[4, 3, 12, 16\], \[4, 3, 12, 15\] and 4 boxes"):
-        model(view_1, view_2[..., 1:], box_1, box_2)
-    with pytest.raises(ValueError, match="N boxes, found .* 1 boxes"):
-        model(view_1, view_2, box_1[:1], box_2[:1])  # one crop pair for a whole batch
+        small_pixpro()(view_1, view_2, box_1[:1], box_2[:1])  # one crop pair for a whole batch
+    with pytest.raises(ValueError, match=r"boxes \[N, 4\], found \[4, 4\] and \[1, 4\]"):
+        small_pixpro()(view_1, view_2, box_1, box_2[:1])
 
 
 def test_whole_learns_on_a_fixed_batch():
     model = small_pixpro()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9
+    )
     batch = small_batch()
     first = model(*batch).loss.item()
     for step in range(40):
@@ -2006,12 +2452,29 @@ def test_whole_compiles_in_one_graph():
     output.backward()
 
 
+def test_whole_loop_of_the_docstring_runs():
+    loop = textwrap.dedent(re.search(r"\n\n((?: {8}.*\n)+)", PixPro.__doc__)[1])
+    box = random_boxes(2, seed=0)
+    batches = [(*torch.rand(2, 2, 3, 64, 64), box, box) for _ in range(2)]
+    names = {**vars(pixpro), "loader": batches, "total_steps": 2}
+    exec(loop.replace("resnet50", "resnet18"), names)
+    assert names["loss"].isfinite()
+    online, momentum = names["model"].projector[0], names["model"].momentum_projector[0]
+    assert not torch.equal(online.weight, momentum.weight)  # both moved, by different amounts
+    trained = sum(len(group["params"]) for group in names["optimizer"].param_groups)
+    assert trained == sum(p.requires_grad for p in names["model"].parameters())
+
+
 class NoWaiting(TorchDispatchMode):
-    """Fails at operations for which a GPU's results must reach the host: item(), bool(), tolist(), nonzero(), ..."""
+    """Fails at operations for which a GPU's results must reach the host: item(), bool(), tolist(),
+    nonzero(), ...
+    """
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = str(function)
-        assert not name.startswith(("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero")), name
+        assert not name.startswith(
+            ("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero")
+        ), name
         return function(*args, **(kwargs or {}))
 
 
@@ -2028,6 +2491,32 @@ def test_whole_step_never_waits_for_the_device(options):
             loss.item()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"instance_weight": 1.0, "num_layers": 2}, {"objective": "pixcontrast"}],
+    ids=["pixpro", "pixcontrast"],
+)
+def test_whole_step_on_another_device(options, monkeypatch):
+    """On device meta, which computes shapes alone: a tensor that is left on the CPU shows."""
+    monkeypatch.setattr(
+        torch, "autocast", lambda *a, **k: contextlib.nullcontext()
+    )  # knows no meta
+    model = small_pixpro(**options).to("meta")
+    batch = [part.to("meta") for part in small_batch()]
+    optimizer = train.LARS([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(2):
+        model.update_momentum(0.99)
+        output = model(*batch)
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    tensors = [*output, *model.state_dict().values()]
+    tensors += [state["v"] for state in optimizer.state.values()]
+    assert all(tensor.device.type == "meta" for tensor in tensors)
+    with pytest.raises(RuntimeError):  # the test itself: boxes that stayed behind
+        model(*batch[:2], *small_batch()[2:])
+
+
 # Each function that others copy, and the arguments of one call.
 FUNCTIONS = {
     "pairs": ("positive_pairs", lambda: (random_boxes(3, seed=1), random_boxes(3, seed=2), (2, 3))),
@@ -2037,7 +2526,9 @@ FUNCTIONS = {
     "instance": ("instance_loss", lambda: tuple(x[:, :, 0, 0] for x in random_maps())),
     "m": ("momentum_at", lambda: (3, 10)),
 }
-every_function = pytest.mark.parametrize("name, arguments", FUNCTIONS.values(), ids=FUNCTIONS.keys())
+every_function = pytest.mark.parametrize(
+    "name, arguments", FUNCTIONS.values(), ids=FUNCTIONS.keys()
+)
 
 
 def call(module, name, arguments):
@@ -2049,12 +2540,20 @@ def call(module, name, arguments):
 
 @every_function
 def test_whole_copies_into_another_file(name, arguments):
-    """The function and the helpers that it names, at most three, run with only torch and the standard library."""
-    definitions = {node.name: node for node in ast.parse(inspect.getsource(pixpro)).body if hasattr(node, "name")}
+    """The function and the helpers that it names, at most three, run with only torch and the
+    standard library.
+    """
+    definitions = {
+        node.name: node
+        for node in ast.parse(inspect.getsource(pixpro)).body
+        if hasattr(node, "name")
+    }
     needed, queue = {}, [name]
     while queue:
         needed[queue[0]] = definitions[queue[0]]
-        names = {node.id for node in ast.walk(definitions[queue.pop(0)]) if isinstance(node, ast.Name)}
+        names = {
+            node.id for node in ast.walk(definitions[queue.pop(0)]) if isinstance(node, ast.Name)
+        }
         queue += sorted(names & definitions.keys() - needed.keys() - set(queue))
     assert len(needed) <= 4
     other = types.ModuleType("other")
@@ -2070,11 +2569,21 @@ def test_whole_in_half_precision(name, arguments, dtype):
     expected = call(pixpro, name, arguments())
     with torch.autocast("cpu", dtype):
         found = call(pixpro, name, arguments())
-        half = call(pixpro, name, [a.to(dtype) if torch.is_tensor(a) and a.dim() == 4 else a for a in arguments()])
-    exact = name != "PixelPropagation"  # the losses compute in float32, Eq. 3's product in half precision
+        half = call(
+            pixpro,
+            name,
+            [a.to(dtype) if torch.is_tensor(a) and a.dim() == 4 else a for a in arguments()],
+        )
+    exact = (
+        name != "PixelPropagation"
+    )  # the losses compute in float32, Eq. 3's product in half precision
     tolerance = 1e-6 if exact else 0.03
-    assert torch.allclose(torch.as_tensor(found).float(), torch.as_tensor(expected).float(), atol=tolerance)
-    assert torch.allclose(torch.as_tensor(half).float(), torch.as_tensor(expected).float(), atol=0.03)
+    assert torch.allclose(
+        torch.as_tensor(found).float(), torch.as_tensor(expected).float(), atol=tolerance
+    )
+    assert torch.allclose(
+        torch.as_tensor(half).float(), torch.as_tensor(expected).float(), atol=0.03
+    )
     if name.endswith("loss"):
         assert found.dtype == half.dtype == torch.float32
 
@@ -2088,24 +2597,34 @@ def test_whole_function_compiles(name, arguments):
     else:
         function = getattr(pixpro, name)
     compiled = torch.compile(function, fullgraph=True, backend="eager")
-    assert torch.equal(torch.as_tensor(compiled(*arguments())), torch.as_tensor(function(*arguments())))
+    assert torch.equal(
+        torch.as_tensor(compiled(*arguments())), torch.as_tensor(function(*arguments()))
+    )
 
 
 def test_groups_share_no_word(request):
     """Each word of GROUPS selects its own tests and no others."""
-    groups = [(item.name, [word for word in GROUPS if word in item.name]) for item in request.session.items]
+    groups = [
+        (item.name, [word for word in GROUPS if word in item.name])
+        for item in request.session.items
+    ]
     assert [(name, words) for name, words in groups if len(words) > 1] == []
 
 
-def test_files_stay_small_and_import_little():
+def test_files_import_little():
     allowed = set(sys.stdlib_module_names) | {"torch", "torchvision"}
     for name, extra in (("pixpro", set()), ("train", {"numpy", "pixpro", "PIL"})):
         source = (HERE / f"{name}.py").read_text()
-        nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
-        modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        nodes = [
+            node
+            for node in ast.walk(ast.parse(source))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        modules = {
+            alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names
+        }
         modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
         assert {module.split(".")[0] for module in modules} <= allowed | extra
-        assert len(source.splitlines()) <= 420
 
 
 # ------------------------------------ Head networks ------------------------------------
@@ -2122,15 +2641,19 @@ def levels_of(heads, fpn, tower, image):
 def test_heads_load_into_the_detectors_of_torchvision():
     """Strictly; the features stay the same; and the detector can be trained."""
     torch.manual_seed(0)
-    heads, image = train.Heads("resnet50"), torch.rand(2, 3, 128, 160)
+    heads, image = Heads("resnet50"), torch.rand(2, 3, 128, 160)
     heads(image)  # moves BatchNorm's statistics
     heads.eval()
-    fcos = detection.fcos_resnet50_fpn(weights=None, weights_backbone=None, num_classes=5, min_size=128).eval()
+    fcos = detection.fcos_resnet50_fpn(
+        weights=None, weights_backbone=None, num_classes=5, min_size=128
+    ).eval()
     towers = fcos.head.classification_head.conv, fcos.head.regression_head.conv
     for ours, theirs in levels_of(heads, fcos.backbone, towers[0][:9], image):
         assert ours.shape == theirs.shape and not torch.allclose(ours, theirs, atol=0.1)
     weights = heads.state_dict()
-    fcos.backbone.load_state_dict({name: w for name, w in weights.items() if not name.startswith("tower.")})
+    fcos.backbone.load_state_dict(
+        {name: w for name, w in weights.items() if not name.startswith("tower.")}
+    )
     for tower in towers:
         tower[:9].load_state_dict(heads.tower.state_dict())
         for ours, theirs in levels_of(heads, fcos.backbone, tower[:9], image):
@@ -2151,31 +2674,45 @@ def test_heads_load_into_the_detectors_of_torchvision():
 
 def test_whole_heads_share_everything_between_four_levels():
     torch.manual_seed(0)
-    heads = train.Heads("resnet18")
+    heads = Heads("resnet18")
     model = PixPro(heads, dim=6, hidden_dim=10, instance_weight=1.0)
     view_1, view_2 = torch.rand(2, 4, 3, 64, 64)
     box = random_boxes(4, seed=0)
     output = model(view_1, view_2, box, box)
-    assert [level.shape[1:] for level in heads(view_1).values()] == [(256, 8, 8), (256, 4, 4), (256, 2, 2), (256, 1, 1)]
-    itself = (64 + 16 + 4 + 1) / 4  # the mean over the levels, if each pixel were positive for itself alone
+    assert [level.shape[1:] for level in heads(view_1).values()] == [
+        (256, 8, 8),
+        (256, 4, 4),
+        (256, 2, 2),
+        (256, 1, 1),
+    ]
+    itself = (
+        64 + 16 + 4 + 1
+    ) / 4  # the mean over the levels, if each pixel were positive for itself alone
     assert output.positives.item() > itself
     output.loss.backward()
-    frozen = {name for name, p in model.named_parameters() if p.grad is None and not name.startswith("momentum_")}
+    frozen = {
+        name
+        for name, p in model.named_parameters()
+        if p.grad is None and not name.startswith("momentum_")
+    }
     assert frozen == {f"backbone.fpn.extra_blocks.p7.{kind}" for kind in ("weight", "bias")}
     assert not any(p.requires_grad for p in heads.fpn.extra_blocks.p7.parameters())
     last = [block.bn2.weight for block in heads.body.modules() if hasattr(block, "bn2")]
-    assert len(last) == 8 and all(weight.abs().sum() == 0 for weight in last)  # residual blocks begin at zero
+    assert len(last) == 8 and all(
+        weight.abs().sum() == 0 for weight in last
+    )  # residual blocks begin at zero
 
 
 def test_heads_refuse_what_is_no_resnet():
-    with pytest.raises(ValueError, match="a torchvision arch such as resnet.*found 'vgg16'"):
-        train.Heads("vgg16")
-    with pytest.raises(ValueError, match="resnet50.*found 'resnet_50'"):
-        train.Heads("resnet_50")
+    for arch in ("vgg16", "resnet_50", "fcos_resnet50_fpn"):
+        with pytest.raises(ValueError, match=f"expected a ResNet of torchvision, found '{arch}'"):
+            Heads(arch)
 
 
 def test_whole_takes_the_fpn_of_torchvision():
-    """Its detection backbones need no wrapper: any module with `out_channels` that returns a dict of maps will do."""
+    """Its detection backbones need no wrapper: any module with `out_channels` that returns a dict
+    of maps will do.
+    """
     torch.manual_seed(0)
     fpn = detection.backbone_utils.resnet_fpn_backbone(
         backbone_name="resnet18", weights=None, norm_layer=nn.BatchNorm2d, trainable_layers=5
@@ -2187,112 +2724,18 @@ def test_whole_takes_the_fpn_of_torchvision():
 
 
 # ------------------------------------ The authors' weights ------------------------------------
-class AuthorsHead(nn.Module):
-    """Two 1x1 convolutions under the names of the authors' code."""
-
-    def __init__(self, in_channels, hidden, out):
-        super().__init__()
-        self.linear1 = nn.Conv2d(in_channels, hidden, 1)
-        self.bn1 = nn.BatchNorm2d(hidden)
-        self.linear2 = nn.Conv2d(hidden, out, 1)
-
-    def forward(self, x):
-        return self.linear2(F.relu(self.bn1(self.linear1(x))))
-
-
-def authors_networks(num_layers=1, instance=True, arch="resnet18", hidden=24, dim=16):
-    """The parts of the authors' model, in their order, every weight and buffer random."""
-    torch.manual_seed(0)
-    parts = {}
-    for suffix in ("", "_k"):
-        parts["encoder" + suffix] = torchvision.models.get_model(arch, weights=None)
-        channels = parts["encoder" + suffix].fc.in_features
-        parts["encoder" + suffix].fc = nn.Identity()
-        parts["projector" + suffix] = AuthorsHead(channels, hidden, dim)
-    value_transforms = [nn.Identity(), nn.Conv2d(dim, dim, 1), AuthorsHead(dim, dim, dim)]
-    parts["value_transform"] = value_transforms[num_layers]
-    if instance:
-        parts["projector_instance"] = AuthorsHead(channels, hidden, dim)
-        parts["projector_instance_k"] = AuthorsHead(channels, hidden, dim)
-        parts["predictor"] = AuthorsHead(dim, hidden, dim)
-    networks = nn.ModuleDict(parts).eval()
-    for value in [*networks.parameters(), *networks.buffers()]:
-        if value.is_floating_point():
-            value.data += 0.1 * torch.rand_like(value)  # variances stay positive
-    return networks
-
-
-def authors_file(path, networks, **changes):
-    weights = {f"module.{name}": weight for name, weight in networks.state_dict().items()}
-    rest = {"optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}, "scheduler": {"last_epoch": 5}, "epoch": 1}
-    opt = argparse.Namespace(arch="resnet18", pixpro_p=2.0, batch_size=128)
-    torch.save({"opt": opt, "model": weights | changes, "amp": {"loss_scaler0": {"loss_scale": 1.0}}} | rest, path)
-    return path
-
-
-@pytest.mark.parametrize("num_layers", [0, 1, 2])
-def test_checkpoint_fills_every_weight(tmp_path, num_layers):
-    authors = authors_networks(num_layers)
-    path = authors_file(tmp_path / "ckpt_epoch_1.pth", authors)
-    model = PixPro(Backbone("resnet18"), dim=16, hidden_dim=24, num_layers=num_layers, instance_weight=1.0).eval()
-    assert load_authors_checkpoint(model, path) == []
-    image = torch.rand(2, 3, 64, 64)
-
-    def encode(name):
-        stages = list(authors[name].children())[:8]  # without pooling and classifier
-        return nn.Sequential(*stages)(image)
-
-    with torch.no_grad():
-        map, map_k = encode("encoder"), encode("encoder_k")
-        x = model.projector(model.backbone(image))
-        assert torch.allclose(x, authors["projector"](map), atol=1e-5)
-        x_prime = model.momentum_projector(model.momentum_backbone(image))
-        assert torch.allclose(x_prime, authors["projector_k"](map_k), atol=1e-5)
-        assert torch.allclose(model.propagation.transform(x), authors["value_transform"](x), atol=1e-5)
-        z = authors["projector_instance"](map)
-        assert torch.allclose(model.instance_projector(map), z, atol=1e-5)
-        assert torch.allclose(model.instance_predictor(z), authors["predictor"](z), atol=1e-5)
-        z_k = authors["projector_instance_k"](map_k)
-        assert torch.allclose(model.momentum_instance_projector(map_k), z_k, atol=1e-5)
-    ours = sorted(value.double().sum().item() for value in model.state_dict().values())
-    theirs = sorted(value.double().sum().item() for value in authors.state_dict().values())
-    assert ours == theirs  # every weight and buffer of theirs, and none besides
-
-
-def test_checkpoint_leaves_out_the_instance_branch_of_a_model_without(tmp_path):
-    authors = authors_networks()
-    model = PixPro(Backbone("resnet18"), dim=16, hidden_dim=24)
-    left_out = load_authors_checkpoint(model, authors_file(tmp_path / "authors.pth", authors))
-    branch = ("projector_instance.", "projector_instance_k.", "predictor.")
-    assert left_out == [f"module.{name}" for name in authors.state_dict() if name.startswith(branch)]
-    assert len(left_out) == 27
-    path = authors_file(tmp_path / "authors.pth", authors_networks(instance=False))
-    assert load_authors_checkpoint(model, path) == []
-
-
-@pytest.mark.parametrize(
-    "keywords, differs",
-    [
-        ({"hidden_dim": 25}, "projector.0.bias"),
-        ({"dim": 17}, "projector.0.weight|momentum_projector.3|projector.3"),
-        ({"num_layers": 2}, "propagation.transform"),
-        ({"objective": "pixcontrast"}, "propagation.transform"),
-        ({"instance_weight": 1.0}, "instance"),
-        ({"arch": "resnet34"}, "backbone.body.layer"),
-        ({"layer": "layer3"}, "backbone.body.layer4"),
-    ],
-    ids=["hidden", "dim", "layers", "objective", "branch", "arch", "cut"],
-)
-def test_checkpoint_names_the_model_that_it_fits(tmp_path, keywords, differs):
-    path = authors_file(tmp_path / "authors.pth", authors_networks(instance=False))
-    keywords = {"arch": "resnet18", "layer": "layer4", "dim": 16, "hidden_dim": 24} | keywords
-    model = PixPro(Backbone(keywords.pop("arch"), keywords.pop("layer")), **keywords)
-    before = copy.deepcopy(model.state_dict())
-    expected = r"expected PixPro\(Backbone\('resnet18'\), dim=16, hidden_dim=24, num_layers=1\) for .*authors.pth"
-    with pytest.raises(ValueError, match=expected) as error:
-        load_authors_checkpoint(model, path)
-    assert re.search(differs, str(error.value))
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+def authors_file(path, backbone):
+    """A file as the authors' code writes it, with these weights in both of its encoders."""
+    weights = {}
+    for name, weight in backbone.body.state_dict().items():
+        weights[f"module.encoder.{name}"] = weight
+        weights[f"module.encoder_k.{name}"] = torch.zeros_like(weight)
+    for part in ("projector", "projector_k", "projector_instance", "predictor"):
+        weights[f"module.{part}.linear1.weight"] = torch.zeros(4, 4, 1, 1)
+    weights["module.value_transform.weight"] = torch.zeros(4, 4, 1, 1)
+    opt = argparse.Namespace(arch="resnet50", pixpro_p=2.0, batch_size=128)
+    rest = {"optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}, "epoch": 100}
+    torch.save({"opt": opt, "model": weights} | rest, path)
 
 
 class Harm:
@@ -2300,38 +2743,83 @@ class Harm:
         return os.system, ("true",)
 
 
-def test_checkpoint_names_what_the_file_asks_for(tmp_path):
-    """Other layers of g and other widths; without the prefix of data parallel training; without the command line."""
-    model = PixPro(Backbone("resnet18"), dim=16, hidden_dim=24)
-    for num_layers, hidden, dim in ((0, 24, 16), (2, 20, 12)):
-        path = authors_file(tmp_path / "authors.pth", authors_networks(num_layers, False, hidden=hidden, dim=dim))
-        with pytest.raises(ValueError, match=f"dim={dim}, hidden_dim={hidden}, num_layers={num_layers}"):
-            load_authors_checkpoint(model, path)
-    bare = {"model": authors_networks(instance=False).state_dict()}
-    torch.save(bare, tmp_path / "bare.pth")
-    assert load_authors_checkpoint(model, tmp_path / "bare.pth") == []
-    with pytest.raises(ValueError, match=r"expected PixPro\(Backbone\('\?'\), dim=16"):
-        load_authors_checkpoint(PixPro(Backbone("resnet18"), dim=16, hidden_dim=25), tmp_path / "bare.pth")
+def snippet_with(words):
+    """README's one snippet that has these words."""
+    [snippet] = [snippet for snippet in SNIPPETS if words in snippet]
+    return snippet
 
 
-def test_checkpoint_refuses_other_files(tmp_path):
-    authors = authors_networks(instance=False)
-    model = PixPro(Backbone("resnet18"), dim=16, hidden_dim=24)
-    for name, differs in (("module.decoder.weight", "decoder"), ("module.queue", "queue")):
-        surplus = authors_file(tmp_path / "authors.pth", authors, **{name: torch.zeros(3)})
-        with pytest.raises(ValueError, match=rf"differs in \('{differs}"):
-            load_authors_checkpoint(model, surplus)
-    rest = nn.ModuleDict({name: part for name, part in authors.items() if name != "encoder_k"})
-    with pytest.raises(ValueError, match=r"differs in \('momentum_backbone.body"):
-        load_authors_checkpoint(model, authors_file(tmp_path / "authors.pth", rest))
-    for other in (model.state_dict(), torch.zeros(3), {"model": {"cls_token": torch.zeros(3)}}):
-        torch.save(other, tmp_path / "other.pt")
-        with pytest.raises(ValueError, match="authors' code, with an entry 'model', found .*other.pt"):
-            load_authors_checkpoint(model, tmp_path / "other.pt")
-    torch.save({"model": {}, "opt": Harm()}, tmp_path / "harm.pth")
+def test_authors_weights_load_strictly_and_without_their_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    authors = Backbone("resnet50")
+    authors(torch.rand(2, 3, 64, 64))  # moves BatchNorm's statistics
+    authors_file("pixpro_base_r50_100ep.pth", authors)
+    names = {}
+    exec(snippet_with("module.encoder."), names)
+    found = names["backbone"].body.state_dict()
+    assert len(found) == 318  # all but fc: 53 convolutions, 53 BatchNorms with five entries each
+    assert all(torch.equal(found[name], w) for name, w in authors.body.state_dict().items())
+    assert (
+        argparse.Namespace not in torch.serialization.get_safe_globals()
+    )  # it ends with the block
+
+    whole = torch.load("pixpro_base_r50_100ep.pth", weights_only=False)
+    del whole["model"]["module.encoder.layer4.2.bn3.bias"]
+    torch.save(whole, "pixpro_base_r50_100ep.pth")
+    with pytest.raises(RuntimeError, match="Missing key.*layer4.2.bn3.bias"):
+        exec(snippet_with("module.encoder."), {})
+    torch.save(whole | {"opt": Harm()}, "pixpro_base_r50_100ep.pth")
     with pytest.raises(Exception, match="Weights only load failed"):
-        load_authors_checkpoint(model, tmp_path / "harm.pth")
-    assert argparse.Namespace not in torch.serialization.get_safe_globals()  # the permission ends with the call
+        exec(snippet_with("module.encoder."), {})
+
+
+# ------------------------------------ Large maps ------------------------------------
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"objective": "pixcontrast"}, {"gamma": 0.5, "num_layers": 0, "instance_weight": 0.5}],
+    ids=["pixpro", "pixcontrast", "no layers"],
+)
+@pytest.mark.parametrize("overlap", [True, False])
+def test_large_maps_image_by_image(options, overlap):
+    """README's recipe equals the plain model: every field of Output, and every gradient."""
+    names = {}
+    exec(snippet_with("class ImageByImage"), names)
+    view_1, view_2, box_1, box_2 = small_batch(n=5)
+    box_2[2 if overlap else slice(None)] += 1000  # one image, or all, without positive pairs
+    results = []
+    for kind in (PixPro, names["ImageByImage"]):
+        torch.manual_seed(0)
+        model = kind(SmallBackbone(), dim=6, hidden_dim=10, **options)
+        output = model(view_1, view_2, box_1, box_2)
+        output.loss.backward()
+        results.append((output, [p.grad for p in model.parameters() if p.requires_grad]))
+    (plain, gradients), (by_image, gradients_by_image) = results
+    assert (plain.positives > 0) == overlap
+    for name in plain._fields:
+        assert torch.allclose(getattr(plain, name), getattr(by_image, name), atol=1e-6), name
+    for a, b in zip(gradients, gradients_by_image):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_large_maps_compute_again_in_the_backward_pass(monkeypatch):
+    names = {}
+    exec(snippet_with("class ImageByImage"), names)
+    images = []
+    forward = PixelPropagation.forward
+
+    def counting(module, x):
+        images.append(len(x))
+        return forward(module, x)
+
+    monkeypatch.setattr(PixelPropagation, "forward", counting)
+    model = names["ImageByImage"](SmallBackbone(), dim=6, hidden_dim=10)
+    loss = model(*small_batch(n=3)).loss
+    assert images == [1] * 6  # two directions
+    loss.backward()
+    assert images == [1] * 12
+    with pytest.raises(ValueError, match="num_layers <= 1"):
+        names["ImageByImage"](SmallBackbone(), dim=6, num_layers=2)(*small_batch())
 
 
 # ------------------------------------ The README ------------------------------------
@@ -2349,9 +2837,9 @@ def test_readme_snippets_run(snippet, tmp_path, monkeypatch):
     torch.manual_seed(0)
     torch.save(Backbone("resnet50").body.state_dict(), "backbone.pt")
     if "heads.pt" in snippet:
-        torch.save(train.Heads("resnet50").state_dict(), "heads.pt")
-    if "authors.pth" in snippet:
-        authors_file("authors.pth", authors_networks(arch="resnet50", hidden=4096, dim=256))
+        torch.save(Heads("resnet50").state_dict(), "heads.pt")
+    if "module.encoder." in snippet:
+        authors_file("pixpro_base_r50_100ep.pth", Backbone("resnet50"))
     names = {}
     exec(snippet, names)
     if "loss" in names:
@@ -2359,13 +2847,19 @@ def test_readme_snippets_run(snippet, tmp_path, monkeypatch):
     elif "model" in names:
         box = random_boxes(2, seed=0)
         names["model"](*torch.rand(2, 2, 3, 64, 64), box, box).loss.backward()
-    if "weights" in names:  # of backbone.pt: in every network to the bit
+    if "classifier" in names:  # of backbone.pt: in every network to the bit
         networks = [names[name] for name in ("classifier", "detector", "mask_rcnn", "segmenter")]
-        bodies = [networks[0], networks[1].backbone.body, networks[2].backbone.body, networks[3].backbone]
+        bodies = [
+            networks[0],
+            networks[1].backbone.body,
+            networks[2].backbone.body,
+            networks[3].backbone,
+        ]
         for body in bodies:
-            assert all(torch.equal(body.state_dict()[name], weight) for name, weight in names["weights"].items())
-    if "left_out" in names:
-        assert len(names["left_out"]) == 27
+            assert all(
+                torch.equal(body.state_dict()[name], weight)
+                for name, weight in names["weights"].items()
+            )
 
 
 def test_readme_names_what_exists():
@@ -2375,44 +2869,38 @@ def test_readme_names_what_exists():
     assert links and all((HERE / link).exists() for link in links)
 
 
-def test_readme_counts_lines():
-    counts = re.findall(r"\[(\w+\.py)\]\(\1\) \((\d+)\s+lines", README)
-    assert len(counts) == 2
-    for name, count in counts:
-        assert abs(int(count) - len((HERE / name).read_text().splitlines())) <= 25, name  # an exercise may be open
-
-
 def test_readme_flags_exist():
-    parser = train.parse([])[0]
-    flags = {flag for action in parser._actions for flag in action.option_strings}
+    flags = {"--" + name.replace("_", "-") for name in vars(train.parse([]))} | {"--help"}
     pytests = {"--tb"}
-    torchruns = {"--nproc", "--nnodes", "--standalone", "--max-restarts", "--rdzv"}  # up to an underscore
+    torchruns = {
+        "--nproc",
+        "--nnodes",
+        "--standalone",
+        "--max-restarts",
+        "--rdzv",
+    }  # up to an underscore
     slurms = {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--requeue"}
-    assert set(re.findall(r"(?<![-|])--[a-z][a-z-]*", README)) - pytests - torchruns - slurms <= flags
+    assert (
+        set(re.findall(r"(?<![-|])--[a-z][a-z-]*", README)) - pytests - torchruns - slurms <= flags
+    )
 
 
 # ------------------------------------ The notebook ------------------------------------
 NOTEBOOK = HERE / "tutorial.ipynb"
-INSTALL = "pip install matplotlib ipykernel nbclient"
-
-
-def test_notebook_runs_from_top_to_bottom(monkeypatch):
-    for package in INSTALL.split()[2:]:
-        pytest.importorskip(package, reason=f"the notebook needs `{INSTALL}`")
-    import nbclient
-    import nbformat
-
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    path = {"metadata": {"path": str(HERE)}}
-    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3", resources=path).execute()
+INSTALL = "pip install matplotlib ipykernel"
 
 
 def test_notebook_is_saved_with_its_outputs():
-    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
-    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))  # from top to bottom
+    cells = [
+        cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"
+    ]
+    assert [cell["execution_count"] for cell in cells] == list(
+        range(1, len(cells) + 1)
+    )  # from top to bottom
     outputs = [output for cell in cells for output in cell["outputs"]]
-    assert all(output["output_type"] in ("display_data", "stream") for output in outputs)  # no error
+    assert all(
+        output["output_type"] in ("display_data", "stream") for output in outputs
+    )  # no error
     assert not any(output.get("name") == "stderr" for output in outputs)
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 15
     text = "".join("".join(output.get("text", "")) for output in outputs)
@@ -2421,11 +2909,24 @@ def test_notebook_is_saved_with_its_outputs():
 
 
 def test_notebook_defines_nothing_again():
-    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+    cells = [
+        cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"
+    ]
     tree = ast.parse("\n".join("".join(cell["source"]) for cell in cells))
-    defined = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-    assigned = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    ours = {name for module in (pixpro, train) for name, value in vars(module).items() if callable(value)}
+    defined = {
+        node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+    }
+    assigned = {
+        node.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
+    ours = {
+        name
+        for module in (pixpro, train)
+        for name, value in vars(module).items()
+        if callable(value)
+    }
     assert len(defined) > 10 and not (defined | assigned) & ours
 
 
@@ -2433,9 +2934,11 @@ def test_readme_names_what_the_notebook_needs():
     assert INSTALL in README and "(tutorial.ipynb)" in README
 
 
-# ------------------------------------ Measurements for the README ------------------------------------
+# ------------------------------ Measurements for the README ------------------------------
 def compare_views(folder, rounds=5):
-    """Images a second on one core, decoding included: TwoViews beside the same operations with PIL alone."""
+    """Images a second on one core, decoding included: TwoViews beside the same operations with PIL
+    alone.
+    """
     torch.set_num_threads(1)
     paths = sorted(path for path in Path(folder).rglob("*.jpg"))[:200]
     samples, pil_views = train.Samples(paths, TwoViews(224), 0), PilViews(224)
@@ -2455,7 +2958,9 @@ def compare_views(folder, rounds=5):
 
 
 def compare_step(arch, layer, size, batch, amp, rounds=10):
-    """A whole training step beside its networks alone: two passes with gradients and backward, two without."""
+    """A whole training step beside its networks alone: two passes with gradients and backward, two
+    without.
+    """
     model = PixPro(Backbone(arch, layer)).to(memory_format=torch.channels_last)
     optimizer = train.LARS([p for p in model.parameters() if p.requires_grad], 1.0)
     views, (box_1, box_2) = torch.randn(2, batch, 3, size, size), 60 * torch.rand(2, batch, 4)
@@ -2485,4 +2990,7 @@ def compare_step(arch, layer, size, batch, amp, rounds=10):
             step()
             seconds[step].append(time.perf_counter() - start)
     a, b = (statistics.median(seconds[step][2:]) for step in (whole, bare))
-    print(f"{arch} {size} x {batch}, bf16 {amp}: {a:.3f} s, the networks alone {b:.3f} s, ratio {a / b:.3f}")
+    print(
+        f"{arch} {size} x {batch}, bf16 {amp}: {a:.3f} s, the networks alone {b:.3f} s, "
+        f"ratio {a / b:.3f}"
+    )

@@ -1,13 +1,16 @@
-"""Pre-training with PixPro: recipes, LARS, data, AMP, DDP, checkpoints, a linear probe and a picture.
+"""Pre-training with PixPro: recipes, LARS, data, AMP, DDP, checkpoints, a linear probe, a picture.
 
-    python train.py                                       recipe demo: drawn scenes, minutes on a CPU
-    python train.py --data DIR                            recipe paper, on every image below DIR
-    torchrun --nproc_per_node=8 train.py --data DIR       the same on 8 GPUs; --batch is their total
-    (any of them again)                                   continues a stopped run, on a CPU bit for bit
+    python train.py                                   recipe demo: drawn scenes, minutes on a CPU
+    python train.py --data DIR                        recipe paper, on every image below DIR
+    torchrun --nproc_per_node=8 train.py --data DIR   the same on 8 GPUs; --batch is their total
+
+The same command continues a run that was stopped, bit for bit on a CPU.
 """
 
 import argparse
+import contextlib
 import copy
+import errno
 import io
 import json
 import math
@@ -21,24 +24,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
-from torchvision import models, ops
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from torchvision.utils import save_image
 
-from pixpro import MEAN, STD, Backbone, Output, PixPro, TwoViews, check_name, momentum_at
+from pixpro import MEAN, STD, Backbone, Heads, Output, PixPro, TwoViews, momentum_at
 
-# ------------------------------------ Recipes ------------------------------------
-VALUES = {  # flag: (value in recipe demo, in recipe paper, meaning)
-    "arch": ("resnet18", "resnet50", "classification network of torchvision"),
-    "layer": ("layer3", "layer4", "its layer whose output is the feature map"),
-    "size": (112, 224, "pixels a side of the views"),
-    "batch": (32, 1024, "images a step, over all ranks"),
-    "epochs": (20.0, 100.0, "length of the run in passes over the images"),
-    "warmup_epochs": (5.0, 5.0, "length of the linear warm-up; at most a quarter of the run"),
-    "lr": (4.0, None, "peak learning rate; without one: batch / 256"),
-    "loss_scale": (2.0, 2.0, "factor of the loss that is minimised: the authors' rates belong to 2 x Eq. 5"),
-    "hidden_dim": (2048, 2048, "width of the heads"),
+# ------------------------------------ Recipes and flags ------------------------------------
+MODEL = {  # argument of PixPro: (value in recipe demo, value in recipe paper, meaning)
+    "hidden_dim": (2048, 2048, "width of the projection heads"),
     "gamma": (2.0, 2.0, "exponent of the similarity in Eq. 4"),
     "num_layers": (1, 1, "layers of g in Eq. 3"),
     "threshold": (0.7, 0.7, "T of Eq. 1"),
@@ -46,99 +40,554 @@ VALUES = {  # flag: (value in recipe demo, in recipe paper, meaning)
     "objective": ("pixpro", "pixpro", "pixpro (Eq. 5) or pixcontrast (Eq. 2)"),
     "temperature": (0.3, 0.3, "tau of Eq. 2"),
 }
-DEMO, PAPER = ({name: value[recipe] for name, value in VALUES.items()} for recipe in (0, 1))
-MODEL = ("hidden_dim", "gamma", "num_layers", "threshold", "instance_weight", "objective", "temperature")
-FREE = ("recipe", "data", "out", "workers", "device", "compile", "epochs", "warmup_epochs")  # may change on resuming
-CLASSES = ("sky", "cloud", "mountain", "meadow", "road", "water", "tree", "house")
-SCENES, PROBE_SCENES = 512, 256  # drawn for pre-training; for training the probe, and as many for its test
-RECORD_STEPS, PRINT_SECONDS, SAVE_SECONDS = 10, 5, 60  # between records, lines of the log, checkpoints (on records)
+RECIPES = {  # flag: (value in recipe demo, value in recipe paper, meaning)
+    "arch": ("resnet18", "resnet50", "classification network of torchvision"),
+    "layer": ("layer3", "layer4", "its layer whose output is the feature map"),
+    "size": (112, 224, "side of the views in pixels"),
+    "batch": (32, 1024, "images per step, over all ranks"),
+    "epochs": (20.0, 100.0, "length of the run in passes over the images"),
+    "warmup_epochs": (5.0, 5.0, "length of the warm-up, at most a quarter of the run"),
+    "lr": (4.0, None, "peak learning rate; None is batch / 256"),
+    "loss_scale": (2.0, 2.0, "factor of the loss: the authors' rates belong to 2 x Eq. 5"),
+    **MODEL,
+}
+DEMO = {name: demo for name, (demo, _, _) in RECIPES.items()}
+PAPER = {name: paper for name, (_, paper, _) in RECIPES.items()}
+
+SCENES = 512  # drawn for pre-training
+PROBE_SCENES = 256  # drawn for fitting the probe, and as many for testing it
+RECORD_STEPS = 10  # between records in metrics.jsonl
+PRINT_SECONDS = 5  # between lines of the log
+SAVE_SECONDS = 60  # between checkpoints
+FORMAT = 2  # of last.pt
+# The flags that may change when a run continues, and those that may be 0
+FREE = ("recipe", "data", "out", "workers", "device", "compile", "epochs", "warmup_epochs")
+MAY_BE_0 = ("seed", "workers", "warmup_epochs", "num_layers", "threshold", "instance_weight")
 
 
-# ------------------------------------ Head networks, optimizer, schedule ------------------------------------
-class Heads(models.detection.backbone_utils.BackboneWithFPN):
-    """ResNet (`body`), FPN (`fpn`) and three convolutions of an FCOS head (`tower`, one for all levels) of Sec. 3.3:
-    image [N, 3, h, w] -> maps [N, 256, H, W], P3 to P6. Recalled in part, not verified: no code of it was released."""
-    def __init__(self, arch):
-        check_name("arch", arch, models.list_models(module=models, include="*resne*"))
-        network = models.get_model(arch, weights=None, zero_init_residual=True)
-        channels = [network.inplanes // 4, network.inplanes // 2, network.inplanes]
-        p6_p7 = ops.feature_pyramid_network.LastLevelP6P7(256, 256)
-        super().__init__(network, {"layer2": "0", "layer3": "1", "layer4": "2"}, channels, 256, p6_p7)
-        p6_p7.p7.requires_grad_(False)  # P7 is in no loss
-        self.tower = models.detection.fcos.FCOSClassificationHead(256, 1, 1, num_convs=3).conv
+def parse(argv):
+    """The flags; those that are not given take the recipe's values."""
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    workers = min(8, os.cpu_count() // 2 or 1)
+    parser = argparse.ArgumentParser(usage="train.py [--data DIR] [flags]", allow_abbrev=False)
+    add = parser.add_argument
+    add("--data", help="train on every image below this folder, not on drawn scenes")
+    add("--recipe", choices=["demo", "paper"], help="demo, or with --data paper: see below")
+    add("--out", type=Path, help="folder for everything that is written (runs/RECIPE)")
+    add("--steps", type=int, help="length of the run, instead of --epochs")
+    add("--seed", type=int, default=0, help="of scenes, weights, order and views (0)")
+    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="precision (auto)")
+    add("--workers", type=int, default=workers, help=f"data processes per rank ({workers})")
+    add("--device", choices=devices, default=devices[0], help=f"({devices[0]})")
+    add("--compile", action="store_true", help="run the model through torch.compile")
+    add("--heads", action="store_true", help="pre-train an FPN and a head as well (no --layer)")
+    for name, (demo, paper, meaning) in RECIPES.items():
+        flag = "--" + name.replace("_", "-")
+        add(flag, type=type(demo), help=f"{meaning} (demo {demo}, paper {paper})")
 
-    def forward(self, image):
-        return {name: self.tower(level) for name, level in super().forward(image).items() if name != "p7"}
+    # The first reading finds the recipe, the second fills in its values.
+    args = parser.parse_args(argv)
+    recipe = args.recipe or ("paper" if args.data else "demo")
+    values = DEMO if recipe == "demo" else PAPER
+    parser.set_defaults(recipe=recipe, out=Path("runs", recipe), **values)
+    args = parser.parse_args(argv)
 
-
-class LARS(torch.optim.SGD):
-    """SGD with momentum on gradients that are first, but for vectors, decayed and scaled in place (arXiv 1708.03888):
-    g <- g + weight_decay p;  g <- g trust_coefficient |p| / (|g| + eps), unscaled where a norm is 0."""
-    def __init__(self, params, lr, momentum=0.9, weight_decay=1e-5, trust_coefficient=1e-3, eps=1e-8):
-        super().__init__(params, lr=lr, momentum=momentum)
-        self.decay, self.trust_coefficient, self.eps = weight_decay, trust_coefficient, eps
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = torch.enable_grad()(closure)() if closure else None
-        params = [p for group in self.param_groups for p in group["params"] if p.dim() > 1 and p.grad is not None]
-        if params:
-            grads = [p.grad for p in params]
-            torch._foreach_add_(grads, params, alpha=self.decay)
-            p_norm, g_norm = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(grads))
-            scale = self.trust_coefficient * p_norm / (g_norm + self.eps)  # [parameters]
-            scale = torch.where((p_norm > 0) & (g_norm > 0), scale, 1.0)
-            torch._foreach_mul_(grads, list(scale))
-        return super().step() or loss  # without a closure of its own, it returns None
+    for name, value in vars(args).items():
+        lowest = ">= 0" if name in MAY_BE_0 else "> 0"
+        is_number = type(value) in (int, float)
+        if is_number and not (0 < value < math.inf or (value == 0 and name in MAY_BE_0)):
+            parser.error(f"expected --{name.replace('_', '-')} {lowest}, found {value}")
+    return args
 
 
+# ------------------------------------ Schedule and optimizer ------------------------------------
 def lr_at(step, total_steps, warmup_steps, peak, floor=1e-6):
-    """Learning rate: linear from peak / 100 to the peak in warmup_steps, then half a cosine down to the floor."""
+    """Learning rate: linear from peak / 100 to the peak, then half a cosine down to the floor."""
     if step < warmup_steps:
         return peak * (0.01 + 0.99 * step / warmup_steps)
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
 
 
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum and a rate for each layer (arXiv 1708.03888), as in the authors' code.
+
+    g <- g + weight_decay p
+    g <- g trust_coefficient |p| / (|g| + eps), unless a norm is 0
+    v <- momentum v + g
+    p <- p - lr v
+
+    One-dimensional parameters (biases and norms) skip the first two lines. g is changed in place.
+    """
+
+    def __init__(
+        self, params, lr, momentum=0.9, weight_decay=1e-5, trust_coefficient=1e-3, eps=1e-8
+    ):
+        options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(params, options | {"trust_coefficient": trust_coefficient, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.update(p, p.grad, **group)
+        return loss
+
+    def update(self, p, g, lr, momentum, weight_decay, trust_coefficient, eps, **_):
+        if p.dim() > 1:
+            g.add_(p, alpha=weight_decay)
+            p_norm = p.norm()
+            g_norm = g.norm()
+            scale = trust_coefficient * p_norm / (g_norm + eps)
+            g.mul_(torch.where((p_norm > 0) & (g_norm > 0), scale, 1.0))
+
+        state = self.state[p]
+        if "v" not in state:
+            state["v"] = torch.zeros_like(p)
+        v = state["v"].mul_(momentum).add_(g)
+        p.sub_(v, alpha=lr)
+
+
 # ------------------------------------ Data ------------------------------------
+def find_images(folder, out):
+    """Paths of the images below a folder, without hidden ones and those that are written to out."""
+    paths = []
+    for place, folders, files in os.walk(os.path.abspath(folder)):
+        folders[:] = [name for name in folders if name[0] != "." and Path(place, name) != out]
+        for name in files:
+            if name[0] != "." and name.lower().endswith((*IMG_EXTENSIONS, ".gif")):
+                paths.append(os.path.join(place, name))
+    return np.array(sorted(paths))  # workers share an array; a list of strings they would copy
+
+
+def load_image(path):
+    """The RGB image that a viewer shows: upright, first frame, opaque, the upper 8 of 16 bits."""
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode.startswith("I"):  # 16 bits
+        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def seed_of(*numbers):
+    """One seed from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+class Unreadable(Exception):
+    """Ten photographs in a row cannot be read."""
+
+
+class Samples:
+    """Sample n of a run: two views and boxes of an image, a function of (seed, n).
+
+    images: uint8 [count, 3, h, w], or paths. Epoch n // count shows each image once. The next
+    sample replaces one whose file cannot be read; raises Unreadable after ten of them in a row.
+    """
+
+    def __init__(self, images, views, seed):
+        self.images = images
+        self.views = views
+        self.seed = seed
+        self.epoch = None
+
+    def __getitem__(self, n):
+        for number in range(n, n + 10):
+            epoch, place = divmod(number, len(self.images))
+            if epoch != self.epoch:
+                self.epoch = epoch
+                rng = np.random.default_rng([self.seed, epoch])
+                self.order = rng.permutation(len(self.images))
+
+            image = self.images[self.order[place]]
+            try:
+                image = load_image(image) if isinstance(image, (str, Path)) else image
+            except Exception:  # decoders raise many kinds
+                print(f"warning: cannot read {image}, the next sample is used", flush=True)
+                continue
+            torch.default_generator.manual_seed(seed_of(self.seed, number))
+            return self.views(image)
+        raise Unreadable
+
+
+# ------------------------------------ Errors and checkpoints ------------------------------------
+def refuse(reason):
+    """Ends the program before the run, with one sentence and exit code 2."""
+    print(f"train.py: error: {reason}", file=sys.stderr)
+    sys.exit(2)
+
+
+def stop(reason):
+    """Ends the run with one sentence and exit code 1."""
+    sys.exit(f"\ntrain.py: {reason}; the same command continues from the last checkpoint")
+
+
+@contextlib.contextmanager
+def foreseen_errors():
+    """Ends a run in one sentence for what is bound to happen; other errors keep their traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        stop("interrupted")
+    except Unreadable:
+        stop("ten photographs in a row cannot be read")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        stop(f"the disk is full ({error})")
+
+
+def save(path, state):
+    """torch.save, whole or not at all: written beside and renamed."""
+    buffer = io.BytesIO()  # into a file, torch.save would hide the OSError of a full disk
+    torch.save(state, buffer)
+    beside = path.with_name("writing.tmp")
+    beside.write_bytes(buffer.getbuffer())
+    os.replace(beside, path)
+
+
+def save_checkpoint(out, settings, step, parts):
+    """Writes last.pt: all that the next step depends on besides the settings."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    if not all(tensor.isfinite().all() for tensor in state["model"].values()):
+        stop(f"the weights are not finite at step {step}")
+    metrics_size = (out / "metrics.jsonl").stat().st_size
+    state |= {"settings": settings, "step": step, "metrics_size": metrics_size}
+    save(out / "last.pt", state)
+
+
+def resume(out, settings, parts):
+    """Loads last.pt, if there is one, and returns the number of steps done.
+
+    Refuses other files and runs with other settings. Removes later records from metrics.jsonl.
+    """
+    path = out / "last.pt"
+    checkpoint = {"step": 0, "metrics_size": 0}
+    if path.exists():
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            old = dict(checkpoint["settings"])
+        except Exception as error:  # of another program, damaged, or with code, which is not run
+            refuse(f"expected a checkpoint of train.py, found {path} ({type(error).__name__})")
+        changes = [
+            f"{name} was {old.get(name)}, is {value}"
+            for name, value in settings.items()
+            if old.get(name) != value
+        ]
+        if changes:
+            refuse(f"{path} has other settings: {'; '.join(changes)}; keep them or change --out")
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        refuse(error)
+    with open(out / "metrics.jsonl", "a") as file:
+        file.truncate(min(file.tell(), checkpoint["metrics_size"]))
+    return checkpoint["step"]
+
+
+# ------------------------------------ The run ------------------------------------
+@foreseen_errors()
+def main(argv=None):
+    """One pre-training run, from the flags to backbone.pt."""
+    args = parse(argv)
+    out = args.out.absolute()
+
+    # Processes. torchrun starts one for each GPU and numbers them.
+    device = args.device
+    rank = int(os.environ.get("RANK", 0))
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group()  # NCCL for GPUs, gloo for CPUs
+
+    # Data
+    images = find_images(args.data, out) if args.data else Scenes(SCENES, args.seed).images
+    if len(images) == 0:
+        refuse(f"expected images below {args.data}, found none")
+    if args.batch > len(images) or args.batch % ranks != 0:
+        refuse(f"expected a batch <= {len(images)}, a multiple of {ranks}, found {args.batch}")
+    args.images = len(images)
+    epoch = len(images) / args.batch  # in steps
+    args.steps = args.steps or max(1, round(args.epochs * epoch))
+    args.warmup_steps = min(round(args.warmup_epochs * epoch), args.steps // 4)
+
+    # Model. `initial` keeps the first weights, for comparison.
+    torch.manual_seed(args.seed)
+    options = {name: getattr(args, name) for name in MODEL}
+    try:
+        initial = Heads(args.arch) if args.heads else Backbone(args.arch, args.layer)
+        model = PixPro(copy.deepcopy(initial), **options)
+    except ValueError as error:
+        refuse(error)
+    if min(frozen_features(initial, torch.zeros(1, 3, args.size, args.size)).shape[2:]) < 2:
+        refuse(f"expected a size that makes a map of at least 2 x 2, found {args.size}")
+    if ranks > 1 and device == "cuda":
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.to(device, memory_format=torch.channels_last)
+
+    # Optimizer and precision. The scaler keeps small gradients of fp16 from vanishing.
+    args.lr = args.lr or args.batch / 256
+    args.amp = auto_amp(device) if args.amp == "auto" else args.amp
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
+    optimizer = LARS([p for p in model.parameters() if p.requires_grad], args.lr)
+    scaler = torch.amp.GradScaler(device, enabled=args.amp == "fp16")
+
+    # Resume. What is not in last.pt is a function of the settings and the step.
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    settings = {name: value for name, value in vars(args).items() if name not in FREE}
+    settings["format"] = FORMAT
+    step = resume(out, settings, parts)
+
+    # `network` is the model that is called. DDP waits until all ranks have come here.
+    network = torch.nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
+    network = torch.compile(network) if args.compile else network
+
+    # Loop. Step k takes the samples k * batch to (k + 1) * batch - 1, shared by the ranks.
+    share = args.batch // ranks
+    starts = range(step * args.batch + rank * share, args.steps * args.batch, args.batch)
+    batches = [range(start, start + share) for start in starts]
+    samples = Samples(images, TwoViews(args.size), args.seed)
+    pin = device == "cuda"
+    loader = DataLoader(samples, batch_sampler=batches, num_workers=args.workers, pin_memory=pin)
+    if rank == 0:
+        print(f"{args.out}: {args.arch} on {len(images)} images, {device}, {args.amp}, step {step}")
+    printed, printed_step, saved = time.monotonic(), step, time.monotonic()
+    outputs = []
+    for batch in loader:
+        batch = [tensor.to(device, non_blocking=True) for tensor in batch]
+        torch.manual_seed(seed_of(args.seed, step, rank))  # of dropout
+        lr = lr_at(step, args.steps, args.warmup_steps, args.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        m = momentum_at(step, args.steps)
+        model.update_momentum(m)
+
+        with torch.autocast(device, dtype, enabled=dtype is not None):
+            output = network(*batch)
+        scaler.scale(args.loss_scale * output.loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+        step += 1
+        outputs.append(torch.stack(output).detach())  # [4]
+        if step % RECORD_STEPS != 0 and step < args.steps:
+            continue
+
+        # Record the means since the last record. Only here the host waits for the GPU.
+        means = torch.stack(outputs).mean(0)  # [steps, 4] -> [4]
+        outputs.clear()
+        if ranks > 1:
+            torch.distributed.all_reduce(means)
+        if rank > 0:
+            continue
+        values = dict(zip(Output._fields, (means / ranks).tolist(), strict=True), lr=lr, m=m)
+        if not math.isfinite(values["loss"]):
+            stop(f"the loss is {values['loss']} before step {step}; try a lower --lr")
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step} | values) + "\n")
+        now = time.monotonic()
+        if now - printed > PRINT_SECONDS or step == args.steps:
+            print_progress(args, step, values, (step - printed_step) / (now - printed))
+            printed, printed_step = now, step
+
+        # Save
+        if now - saved > SAVE_SECONDS or step == args.steps:
+            save_checkpoint(out, settings, step, parts)
+            saved = now
+
+    # Finish. backbone.pt is written last and marks the run as complete.
+    if rank == 0:
+        if batches or not (out / "backbone.pt").exists():
+            finish(args, out, images, initial.to(device), model.backbone)
+        written = "last.pt, backbone.pt, metrics.jsonl and features.png"
+        print(f"complete: {args.steps} steps; {args.out} has {written}")
+    if ranks > 1:
+        torch.distributed.destroy_process_group()
+
+
+def print_progress(args, step, values, speed):
+    """One line of the log, redrawn in place on a terminal. speed: steps per second."""
+    figures = [f"{name} {value:.4g}" for name, value in values.items()]
+    line = "  ".join([f"step {step}/{args.steps}", *figures])
+    line += f"  {speed * args.batch:.0f} images/s  {(args.steps - step) / speed / 60:.1f} min left"
+    if values["spread"] < 0.4 and step > args.warmup_steps:  # healthy runs stay above
+        line = f"warning: low spread, the features may have collapsed; {line}"
+    end = "\n"
+    if sys.stdout.isatty():
+        line = "\r\033[K" + line[: os.get_terminal_size().columns - 1]
+        end = "\n" if step == args.steps else ""
+    print(line, end=end, flush=True)
+
+
+def auto_amp(device):
+    """bf16 where the hardware computes in it, else fp16 on GPUs, else off."""
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    cpuinfo = Path("/proc/cpuinfo")  # on Linux
+    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
+    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "off"
+
+
+def finish(args, out, images, initial, trained):
+    """Compares the backbone with its first weights; writes features.png and backbone.pt."""
+    if args.data:
+        square = Samples(images, lambda image: ImageOps.fit(image, [2 * args.size] * 2), args.seed)
+        shown = [v2.functional.pil_to_tensor(square[n]) for n in range(min(8, len(images)))]
+        shown = torch.stack(shown)  # [8, 3, 2 size, 2 size]
+    else:
+        scenes = Scenes(PROBE_SCENES, args.seed, SCENES)
+        held_out = Scenes(PROBE_SCENES, args.seed, SCENES + PROBE_SCENES)
+        shown = v2.functional.resize(held_out.images[:8], [2 * args.size])
+        for name, backbone in (
+            ("random, as the recipe starts it", initial),
+            ("random, with its residual blocks switched on", with_blocks_on(initial)),
+            ("pre-trained", trained),
+        ):
+            print(f"linear probe, mIoU {linear_probe(backbone, scenes, held_out):.1f}: {name}")
+    save_picture(out / "features.png", shown, initial, trained)
+    if args.heads:
+        save(out / "heads.pt", trained.state_dict())
+    save(out / "backbone.pt", trained.body.state_dict())
+
+
+# ------------------------------------ Appendix: probe, picture ------------------------------------
+@torch.no_grad()
+def frozen_features(backbone, images):
+    """Maps [N, C, H, W] of images uint8 [N, 3, h, w] in eval mode; of several levels the finest."""
+    backbone = copy.deepcopy(backbone).eval()  # a copy, so that the original keeps its mode
+    images = images.to(next(backbone.parameters()).device)
+    views = v2.functional.normalize(images / 255, MEAN, STD)
+    maps = []
+    for batch in views.split(32):
+        features = backbone(batch)
+        maps.append(next(iter(features.values())) if isinstance(features, dict) else features)
+    return torch.cat(maps)
+
+
+def with_blocks_on(backbone):
+    """A copy with all BatchNorm weights at 1: residual blocks that start at 0 are switched on."""
+    backbone = copy.deepcopy(backbone)
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.ones_(module.weight)
+    return backbone
+
+
+def linear_probe(backbone, scenes, held_out):
+    """Mean IoU in percent of a 1x1 convolution on frozen features, fitted by ridge regression.
+
+    scenes, held_out: images uint8 [N, 3, h, w] and masks [N, h, w], to fit and to test at full
+    resolution. The mean is over the classes that are present or predicted.
+    """
+    # Regression of each class's share of a cell on the cell's features and a constant
+    x = F.pad(frozen_features(backbone, scenes.images), (0, 0, 0, 0, 0, 1), value=1.0)
+    masks = F.one_hot(scenes.masks, len(CLASSES)).permute(0, 3, 1, 2).float()  # [N, 8, h, w]
+    shares = F.adaptive_avg_pool2d(masks, x.shape[2:]).to(x.device)  # [N, 8, H, W]
+    x = x.transpose(0, 1).flatten(1)  # [N, C + 1, H, W] -> [C + 1, NHW]
+    shares = shares.transpose(0, 1).flatten(1)  # [N, 8, H, W] -> [8, NHW]
+    gram = x @ x.T  # [C + 1, C + 1]
+    gram.diagonal().mul_(1.0001).add_(1e-6)  # a little ridge, for dead channels too
+    weight = torch.linalg.solve(gram, x @ shares.T).T  # [C + 1, 8] -> [8, C + 1]
+
+    x = F.pad(frozen_features(backbone, held_out.images), (0, 0, 0, 0, 0, 1), value=1.0)
+    logits = F.conv2d(x, weight[:, :, None, None])  # [N, C + 1, H, W] -> [N, 8, H, W]
+    logits = F.interpolate(logits, held_out.masks.shape[1:], mode="bilinear")  # [N, 8, h, w]
+    predicted = logits.argmax(1).cpu()  # [N, h, w]
+
+    ious = []
+    for number in range(len(CLASSES)):
+        found = predicted == number
+        true = held_out.masks == number
+        ious.append((found & true).sum() / (found | true).sum())
+    return 100 * torch.stack(ious).nanmean().item()
+
+
+def save_picture(path, images, *backbones):
+    """Images uint8 [N, 3, h, w], and below them each backbone's maps, coloured by three principal
+    components."""
+    rows = [images / 255]
+    for backbone in backbones:
+        maps = frozen_features(backbone, images).cpu().permute(0, 2, 3, 1)  # [N, H, W, C]
+        centred = (maps - maps.mean((0, 1, 2))).flatten(0, 2)  # [N, H, W, C] -> [NHW, C]
+        scores = torch.linalg.svd(centred, full_matrices=False)[0][:, :3]  # [NHW, 3]
+        colours = torch.sigmoid(1.3 * scores / scores.std(0))
+        colours = colours.view(*maps.shape[:3], 3).permute(0, 3, 1, 2)  # [NHW, 3] -> [N, 3, H, W]
+        rows.append(F.interpolate(colours, images.shape[2:]))  # [N, 3, H, W] -> [N, 3, h, w]
+    save_image(torch.cat(rows), path, nrow=len(images), padding=4, pad_value=1.0)
+
+
+# ------------------------------------ Appendix: drawn scenes ------------------------------------
+CLASSES = ("sky", "cloud", "mountain", "meadow", "road", "water", "tree", "house")
+
+
 class Scenes:
-    """Drawn landscapes from number `first` on, uint8, with their classes; each a function of (seed, number, size)."""
+    """Drawn landscapes from number `first` on, each a function of (seed, number, size).
+
+    images: uint8 [count, 3, size, size]. masks: [count, size, size], indices into CLASSES.
+    """
+
     def __init__(self, count, seed=0, first=0, size=144):
-        images, masks = zip(*(draw_scene(seed, number, size) for number in range(first, first + count)))
-        self.images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # [count, h, w, 3] -> [count, 3, h, w]
-        self.masks = torch.from_numpy(np.stack(masks))  # [count, h, w], indices into CLASSES
+        scenes = [draw_scene(seed, number, size) for number in range(first, first + count)]
+        images, masks = [torch.from_numpy(np.stack(arrays)) for arrays in zip(*scenes, strict=True)]
+        self.images = images.permute(0, 3, 1, 2)  # [count, h, w, 3] -> [count, 3, h, w]
+        self.masks = masks
 
 
 def draw_scene(seed, number, size):
     """One landscape, painted from back to front: image uint8 [size, size, 3], mask [size, size]."""
     rng = np.random.default_rng([seed, number])
     y, x = np.mgrid[:size, :size].astype(np.float32) / size  # y runs downward
-    smooth, rough, grain = (noise(rng, size, slope) for slope in (1.6, 1.1, 0.3))
-    sky, horizon = rng.uniform((0.25, 0.4, 0.55), (0.65, 0.6, 0.85)), rng.uniform(0.35, 0.55)
+    smooth, rough, grain = [noise(rng, size, slope) for slope in (1.6, 1.1, 0.3)]
+    sky = rng.uniform((0.25, 0.4, 0.55), (0.65, 0.6, 0.85))
+    horizon = rng.uniform(0.35, 0.55)
     depth = (y - horizon) / (1 - horizon)  # 0 at the horizon, 1 at our feet
+    land = depth > 0
+
+    # A layer is its class, where it is, its colour and its shade from pixel to pixel.
     ridge = horizon - rng.uniform(0.05, 0.15) + 0.06 * smooth[0]
-    bank = np.abs(depth + 0.06 * smooth - rng.uniform(0.1, 0.8)) / rng.uniform(0.05, 0.2)
-    across = np.abs(x - rng.uniform(-0.2, 1.2) - rng.uniform(-0.6, 0.6) * depth) / (0.02 + 0.2 * depth)
-    layers = [  # class, where it is, its colour, its shade from pixel to pixel
-        ("sky", y < 2, sky, 0.9 * y / horizon),
-        ("cloud", smooth.T > rng.uniform(0, 1.2) + 2 * y, (0.85, 0.85, 0.85), 0.08 * rough),
-        ("mountain", y > ridge, 0.5 * sky + 0.2, 0.2 * (np.roll(rough, 2, 1) - rough)),  # lit from one side
-        ("meadow", depth > 0, (0.38, 0.48, 0.22), 0.1 * smooth + 0.3 * depth * grain),
-        ("water", (depth > 0) & (bank < 1), 0.6 * sky + (0.1, 0.2, 0.25), 0.15 * rough.T),
-        ("road", (depth > 0) & (across < 1), (0.45, 0.43, 0.43), 0.06 * grain + 0.4 * (across < 0.06))]
-    for near in np.sort(rng.uniform(0.02, 0.8, rng.integers(5, 14))):  # the farthest first
-        u = np.abs(x - rng.random()) * rng.uniform(0.8, 1.3) / (0.06 + 0.3 * near)
-        v = (near - depth) * (1 - horizon) / (0.06 + 0.3 * near)  # of an object 1 high, upward from its foot
-        crown, windows = np.hypot(u / 0.42, (v - 0.6) / 0.6), (np.abs(7 * u % 2 - 1) < 0.4) & (np.abs(v - 0.32) < 0.14)
-        tree = ("tree", crown + 0.1 * grain < 1, (0.25, 0.37, 0.18), 0.2 * grain + 0.4 * (v - 0.8))
-        house = ("house", (u < 0.55) & (v > 0) & (v < 1.1 - 0.9 * u), (0.7, 0.6, 0.5), 0.03 * grain - 0.5 * windows)
-        layers.append(house if rng.random() < 0.4 else tree)
-    image, mask = np.zeros((size, size, 3), np.float32), np.zeros((size, size), np.int64)
+    river = np.abs(depth + 0.06 * smooth - rng.uniform(0.1, 0.8)) < rng.uniform(0.05, 0.2)
+    road = np.abs(x - rng.uniform(-0.2, 1.2) - rng.uniform(-0.6, 0.6) * depth)
+    road = road / (0.02 + 0.2 * depth)  # 0 in its middle, 1 at its edges
+    layers = [
+        ("sky", y >= 0, sky, 0.9 * y / horizon),
+        ("cloud", rng.uniform(0, 1.2) + 2 * y < smooth.T, 0.85, 0.08 * rough),
+        ("mountain", y > ridge, 0.5 * sky + 0.2, 0.2 * (np.roll(rough, 2, 1) - rough)),
+        ("meadow", land, (0.38, 0.48, 0.22), 0.1 * smooth + 0.3 * depth * grain),
+        ("water", land & river, 0.6 * sky + (0.1, 0.2, 0.25), 0.15 * rough.T),
+        ("road", land & (road < 1), (0.45, 0.43, 0.43), 0.06 * grain + 0.4 * (road < 0.06)),
+    ]
+
+    # Trees and houses, the farthest first. u runs from their middle, v upward from their foot.
+    for near in np.sort(rng.uniform(0.02, 0.8, rng.integers(5, 14))):
+        height = 0.06 + 0.3 * near
+        u = np.abs(x - rng.random()) * rng.uniform(0.8, 1.3) / height
+        v = (near - depth) * (1 - horizon) / height
+        if rng.random() < 0.4:
+            walls = (u < 0.55) & (v > 0) & (v < 1.1 - 0.9 * u)
+            windows = (np.abs(7 * u % 2 - 1) < 0.4) & (np.abs(v - 0.32) < 0.14)
+            layers.append(("house", walls, (0.7, 0.6, 0.5), 0.03 * grain - 0.5 * windows))
+        else:
+            crown = np.hypot(u / 0.42, (v - 0.6) / 0.6) + 0.1 * grain < 1
+            layers.append(("tree", crown, (0.25, 0.37, 0.18), 0.2 * grain + 0.4 * (v - 0.8)))
+
+    image = np.zeros((size, size, 3), np.float32)
+    mask = np.zeros((size, size), np.int64)
     for name, where, colour, shade in layers:
-        colour = colour + rng.uniform(-0.12, 0.12, 3) + rng.uniform(-0.1, 0.1)  # another in each scene
+        colour = colour + rng.uniform(-0.12, 0.12, 3) + rng.uniform(-0.1, 0.1)  # new in each scene
         image[where] = (colour * (1 + shade[where])[:, None]).clip(0.02, 1.2)  # [pixels, 3]
         mask[where] = CLASSES.index(name)
-    return (255 * (image * rng.uniform(0.7, 1.1, 3)).clip(0, 1)).astype(np.uint8), mask
+    light = rng.uniform(0.7, 1.1, 3)
+    return (255 * (image * light).clip(0, 1)).astype(np.uint8), mask
 
 
 def noise(rng, size, slope):
@@ -147,272 +596,6 @@ def noise(rng, size, slope):
     spectrum = np.fft.rfft2(rng.standard_normal((size, size))) / np.maximum(frequency, 1) ** slope
     field = np.fft.irfft2(spectrum, (size, size)).astype(np.float32)
     return field / field.std()
-
-
-def load_image(path):
-    """The RGB image that a viewer shows: upright, its first frame, without transparency, of 16 bits the upper 8."""
-    image = ImageOps.exif_transpose(Image.open(path))
-    if image.mode.startswith("I"):  # 16 bits
-        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
-
-
-class Samples:
-    """Sample n of a run, a function of (seed, n): two views and boxes of an image of epoch n // len(images). images:
-    [count, 3, h, w] or paths; the next sample replaces one that cannot be read, and unreadable.txt in `out` names it.
-    Raises OSError when these are all, or more than 10 and more than 1%."""
-    def __init__(self, images, views, seed, out=Path()):
-        self.images, self.views, self.seed, self.out, self.epoch = images, views, seed, out, None
-
-    def __getitem__(self, n):
-        epoch, place = divmod(n, len(self.images))
-        if epoch != self.epoch:
-            self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.images))
-        image = self.images[self.order[place]]
-        try:
-            image = load_image(image) if isinstance(image, (str, Path)) else image
-        except Exception:  # decoders raise many kinds
-            with open(self.out / "unreadable.txt", "a+", encoding="utf-8") as file:
-                file.seek(0)
-                known, name = file.read().splitlines(), repr(str(image))
-                if name not in known:
-                    print(name, file=file)
-                    print(f"warning: cannot read {name} ({len(known) + 1} by now), the next sample is used", flush=True)
-            if len({*known, name}) > min(len(self.images) - 1, max(10, len(self.images) // 100)):
-                raise OSError(f"expected images, found too many that cannot be read: {', '.join({*known, name})}")
-            return self[n + 1]
-        torch.default_generator.manual_seed(int(np.random.SeedSequence([self.seed, n]).generate_state(1)[0]))
-        return self.views(image)
-
-
-# ------------------------------------ Training ------------------------------------
-class Run:
-    """A pre-training run: data, model and optimizer, and how far it is (`step`: steps that are done)."""
-    def __init__(self, args):
-        self.args, self.out, self.device = args, args.out.absolute(), torch.device(args.device)
-        self.rank, self.ranks = 0, 1
-        if "LOCAL_RANK" in os.environ:  # under torchrun
-            if self.device.type == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            torch.distributed.init_process_group()  # NCCL for GPUs, gloo for CPUs
-            self.rank, self.ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        files = Path(args.data).absolute().rglob("[!.]*") if args.data else []
-        paths = [p for p in files if p.suffix.lower() in (*IMG_EXTENSIONS, ".gif") and self.out not in p.parents]
-        if args.data and not paths:
-            raise ValueError(f"expected images below {args.data}, found none")
-        self.images = np.array(sorted(map(str, paths))) if paths else Scenes(SCENES, args.seed).images
-        if not 1 <= args.batch <= len(self.images) or args.batch % self.ranks:
-            raise ValueError(f"expected a batch <= {len(self.images)}, a multiple of {self.ranks}, found {args.batch}")
-        epoch = len(self.images) / args.batch  # in steps
-        args.images, args.steps = len(self.images), round(args.epochs * epoch) if args.steps is None else args.steps
-        args.warmup_steps = min(round(args.warmup_epochs * epoch), args.steps // 4)
-        args.lr = args.batch / 256 if args.lr is None else args.lr
-        found = [args.steps, args.lr, args.loss_scale, args.hidden_dim, args.warmup_steps, args.seed, args.workers]
-        if not all(0 < value < math.inf for value in found[:4]) or min(found[4:]) < 0:
-            raise ValueError(f"expected steps, lr, loss scale, width > 0, warm-up, seed, workers >= 0; found {found}")
-        args.amp = auto_amp(self.device) if args.amp == "auto" else args.amp
-        self.settings = {name: value for name, value in vars(args).items() if name not in FREE}
-        torch.manual_seed(args.seed)
-        self.initial = Heads(args.arch) if args.heads else Backbone(args.arch, args.layer)  # kept for comparison
-        net = PixPro(copy.deepcopy(self.initial), **{name: getattr(args, name) for name in MODEL})
-        if min(frozen_features(self.initial, torch.zeros(1, 3, *2 * [max(1, args.size)])).shape[2:]) < 2:
-            raise ValueError(f"expected a size that makes a map of at least 2 x 2, found {args.size}")
-        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net) if self.ranks > 1 and "cuda" in args.device else net
-        self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "unreadable.txt").unlink(missing_ok=True)  # begun anew; DDP, below, waits for all ranks
-        self.core = net.to(self.device, memory_format=torch.channels_last)
-        self.model = torch.nn.parallel.DistributedDataParallel(net) if self.ranks > 1 else net
-        self.model = torch.compile(self.model) if args.compile else self.model
-        self.optimizer = LARS([p for p in net.parameters() if p.requires_grad], args.lr)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
-        self.step, self.recorded = self.resume()
-
-    def train(self):
-        args, outputs = self.args, []
-        share, pin = args.batch // self.ranks, self.device.type == "cuda"
-        firsts = range(self.step * args.batch + self.rank * share, args.steps * args.batch, args.batch)
-        batches = [range(first, first + share) for first in firsts]  # step k: samples k * batch to (k + 1) * batch - 1
-        samples = Samples(self.images, TwoViews(args.size), args.seed, self.out)
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
-        if self.rank == 0:
-            with open(self.out / "metrics.jsonl", "a") as file:
-                file.truncate(min(file.tell(), self.recorded))
-            print(f"{args.out}: {args.arch} on {args.images} images, {args.device}, {args.amp}, from step {self.step}")
-        self.printed, self.printed_step, self.saved = time.monotonic(), self.step, time.monotonic()
-        for batch in DataLoader(samples, batch_sampler=batches, num_workers=args.workers, pin_memory=pin):
-            batch = [tensor.to(self.device, non_blocking=True) for tensor in batch]
-            torch.manual_seed(args.seed + self.step)  # for networks with dropout
-            self.optimizer.param_groups[0]["lr"] = lr_at(self.step, args.steps, args.warmup_steps, args.lr)
-            self.core.update_momentum(momentum_at(self.step, args.steps))
-            with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-                output = self.model(*batch)
-            self.scaler.scale(args.loss_scale * output.loss).backward()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.optimizer.zero_grad()
-            outputs.append(torch.stack(output).detach())  # [4]
-            self.step += 1
-            if self.step % RECORD_STEPS == 0 or self.step == args.steps:
-                self.record(torch.stack(outputs))  # [steps since the last record, 4]
-                outputs = []
-
-    def record(self, outputs):
-        """Stops at a loss that is not finite; rank 0 writes metrics.jsonl, now and then the log and the checkpoint."""
-        if self.ranks > 1:
-            torch.distributed.all_reduce(outputs)
-        outputs = (outputs / self.ranks).cpu()  # the one place that waits for the GPU
-        for step, loss in enumerate(outputs[:, 0], self.step - len(outputs) + 1):
-            if not loss.isfinite():
-                raise FloatingPointError(f"the loss of step {step} is {loss} (try a lower --lr, with another --out)")
-        if self.rank > 0:
-            return
-        args, lr = self.args, self.optimizer.param_groups[0]["lr"]
-        values = dict(zip(Output._fields, outputs.mean(0).tolist()), lr=lr, m=momentum_at(self.step - 1, args.steps))
-        with open(self.out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": self.step} | values) + "\n")
-        now, finished, live = time.monotonic(), self.step == args.steps, sys.stdout.isatty()
-        if finished or now - self.printed > PRINT_SECONDS:
-            speed = (self.step - self.printed_step) / (now - self.printed)  # steps a second
-            line = f"step {self.step}/{args.steps}  " + "  ".join(f"{name} {x:.4g}" for name, x in values.items())
-            line += f"  {speed * args.batch:.0f} images/s  {(args.steps - self.step) / speed / 60:.1f} min left"
-            if values["spread"] < 0.4 and self.step > args.warmup_steps:  # healthy runs stay above
-                line = f"warning: low spread, the features may have collapsed; {line}"
-            line = f"\r\033[K{line[: os.get_terminal_size().columns - 1]}" if live else line  # redrawn in place
-            print(line, end="" if live and not finished else "\n", flush=True)
-            self.printed, self.printed_step = now, self.step
-        if finished or now - self.saved > SAVE_SECONDS:
-            if not all(tensor.isfinite().all() for tensor in self.core.state_dict().values()):
-                raise FloatingPointError(f"weights are not finite at step {self.step}")
-            states = {name: getattr(self, name).state_dict() for name in ("core", "optimizer", "scaler")}
-            size = (self.out / "metrics.jsonl").stat().st_size
-            self.save("last.pt", states | {"step": self.step, "metrics": size, "settings": self.settings})
-            self.saved = now
-
-    def resume(self):
-        """Loads last.pt, if there is one; returns the number of steps done and the size of metrics.jsonl then."""
-        path, checkpoint = self.out / "last.pt", {"step": 0, "metrics": 0}
-        if path.exists():
-            try:
-                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-                old, new = dict(checkpoint["settings"]), self.settings
-            except Exception as error:  # of another program, damaged, or carrying code, which is not run
-                raise ValueError(f"expected a checkpoint of train.py, found {path} ({type(error).__name__})") from error
-            changes = [f"{name} was {old.get(name)}, is {new[name]}" for name in new if old.get(name) != new[name]]
-            if changes:
-                raise ValueError(f"{path} has other settings: {'; '.join(changes)}; keep them, or give another --out")
-            for name in ("core", "optimizer", "scaler"):
-                getattr(self, name).load_state_dict(checkpoint[name])
-        return checkpoint["step"], checkpoint["metrics"]
-
-    def finish(self):
-        """Probe and picture, before and after training; backbone.pt comes last and marks the run as complete."""
-        args, initial, trained = self.args, self.initial.to(self.device), self.core.backbone
-        if args.data:
-            samples = Samples(self.images, lambda image: ImageOps.fit(image, [2 * args.size] * 2), args.seed, self.out)
-            images = torch.stack([v2.functional.pil_to_tensor(samples[n]) for n in range(min(8, args.images))])
-        else:
-            scenes, held_out = (Scenes(PROBE_SCENES, args.seed, SCENES + n * PROBE_SCENES) for n in (0, 1))
-            before, after = (linear_probe(backbone, scenes, held_out) for backbone in (initial, trained))
-            print(f"linear probe, mIoU: random initialisation {before:.1f}, pre-trained {after:.1f}")
-            images = v2.functional.resize(held_out.images[:8], [2 * args.size])
-        save_picture(self.out / "features.png", images, initial, trained)
-        if args.heads:
-            self.save("heads.pt", trained.state_dict())
-        self.save("backbone.pt", trained.body.state_dict())
-
-    def save(self, name, state):
-        """torch.save, whole or not at all: written beside and renamed."""
-        torch.save(state, buffer := io.BytesIO())  # into a file it would hide the OSError of a full disk
-        (self.out / "writing.tmp").write_bytes(buffer.getbuffer())
-        os.replace(self.out / "writing.tmp", self.out / name)
-
-
-def auto_amp(device):
-    """bf16 where the hardware computes in it, else fp16 on GPUs, else off."""
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    flags = Path("/proc/cpuinfo").read_text() if device.type == "cpu" and sys.platform == "linux" else ""
-    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "off"
-
-
-# ------------------------------------ Probe and picture ------------------------------------
-@torch.no_grad()
-def frozen_features(backbone, images):
-    """Maps [N, C, H, W] of images uint8 [N, 3, h, w], in eval mode; of several levels the finest."""
-    views = v2.functional.normalize(images.to(next(backbone.parameters()).device) / 255, MEAN, STD)
-    maps = [backbone.eval()(batch) for batch in views.split(32)]
-    return torch.cat([next(iter(map.values())) if isinstance(map, dict) else map for map in maps])
-
-
-def linear_probe(backbone, scenes, held_out):
-    """Mean IoU in percent, on held_out at full resolution, of a 1x1 convolution fitted to scenes by least squares."""
-    features, test = frozen_features(backbone, scenes.images), frozen_features(backbone, held_out.images)
-    features, test = (F.pad(maps, (0, 0, 0, 0, 0, 1), value=1.0) for maps in (features, test))  # [N, C + 1, H, W]
-    masks = F.one_hot(scenes.masks, len(CLASSES)).permute(0, 3, 1, 2).float()  # [N, h, w] -> [N, 8, h, w]
-    shares = F.adaptive_avg_pool2d(masks, features.shape[2:]).to(features.device)  # [N, 8, h, w] -> [N, 8, H, W]
-    x, shares = (maps.transpose(0, 1).flatten(1) for maps in (features, shares))  # [C + 1, NHW], [8, NHW]
-    gram = x @ x.T  # [C + 1, C + 1]
-    gram.diagonal().mul_(1.0001).add_(1e-6)  # a little ridge, for dead channels too
-    weight = torch.linalg.solve(gram, x @ shares.T).T[:, :, None, None]  # [C + 1, 8] -> [8, C + 1, 1, 1]
-    logits = F.interpolate(F.conv2d(test, weight), held_out.masks.shape[1:], mode="bilinear")  # [N, 8, h, w]
-    pairs = len(CLASSES) * held_out.masks + logits.argmax(1).cpu()  # [N, h, w]: true class, predicted class
-    confusion = pairs.flatten().bincount(minlength=len(CLASSES) ** 2).view(len(CLASSES), -1)  # [64] -> [8, 8]
-    return 100 * (confusion.diag() / (confusion.sum(0) + confusion.sum(1) - confusion.diag())).mean().item()
-
-
-def save_picture(path, images, *backbones):
-    """Images uint8 [N, 3, h, w], and below them each backbone's maps, coloured by three principal components."""
-    rows = [images / 255]
-    for backbone in backbones:
-        maps = frozen_features(backbone, images).cpu().permute(0, 2, 3, 1)  # [N, C, H, W] -> [N, H, W, C]
-        left = torch.linalg.svd((maps - maps.mean((0, 1, 2))).flatten(0, 2), full_matrices=False)[0]  # [NHW, C]
-        scores = left[:, :3].view(*maps.shape[:3], 3).permute(0, 3, 1, 2)  # [NHW, 3] -> [N, 3, H, W]
-        colours = torch.sigmoid(1.3 * scores / scores.std((0, 2, 3), keepdim=True))
-        rows.append(F.interpolate(colours, images.shape[2:]))  # [N, 3, H, W] -> [N, 3, h, w]
-    save_image(torch.cat(rows), path, nrow=len(images), padding=4, pad_value=1.0)
-
-
-# ------------------------------------ Command line ------------------------------------
-def parse(argv):
-    parser = argparse.ArgumentParser(usage="train.py [--data DIR] [flags]", allow_abbrev=False)
-    parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=29, width=120)
-    add = parser.add_argument
-    add("--data", metavar="DIR", help="train on every image below this folder (else on drawn scenes)")
-    add("--recipe", choices=["demo", "paper"], help="values of the flags below that name both (paper with --data)")
-    add("--out", metavar="DIR", type=Path, help="folder for everything that is written (runs/RECIPE)")
-    add("--steps", type=int, metavar="X", help="length of the run, instead of --epochs")
-    add("--seed", type=int, metavar="X", default=0, help="of scenes, weights, order, crops, colours (%(default)s)")
-    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="bf16, fp16 or none (auto)")
-    add("--workers", type=int, default=min(8, os.cpu_count() // 2 or 1), help="data processes per rank (%(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ... (%(default)s)")
-    add("--compile", action="store_true", help="run the model through torch.compile")
-    add("--heads", action="store_true", help="pre-train also an FPN and a head on a ResNet (--layer is not used)")
-    for name, (demo, paper, text) in VALUES.items():
-        add(f"--{name.replace('_', '-')}", type=type(demo), metavar="X", help=f"{text} (demo {demo}, paper {paper})")
-    args = parser.parse_args(argv)
-    recipe = args.recipe or ("paper" if args.data else "demo")
-    parser.set_defaults(recipe=recipe, out=Path("runs", recipe), **(DEMO if recipe == "demo" else PAPER))
-    return parser, parser.parse_args(argv)
-
-
-def main(argv=None):
-    parser, args = parse(argv)
-    try:
-        try:
-            run = Run(args)
-        except (ValueError, RuntimeError, OSError, OverflowError, AssertionError) as error:
-            parser.error(str(error).splitlines()[0])
-        if run.step < args.steps or not (args.out / "backbone.pt").exists():
-            run.train()
-            if run.rank == 0:
-                run.finish()
-    except (KeyboardInterrupt, FloatingPointError, OSError) as error:  # OSError: a full disk, no image
-        reason = (str(error) or "interrupted").splitlines()[-1].removeprefix("OSError: ")  # behind a loader's traceback
-        sys.exit(f"\ntrain.py: {reason}; the same command continues from what is saved in {args.out}")
-    if run.rank == 0:
-        print(f"complete: {args.steps} steps; {args.out} has last.pt, backbone.pt, metrics.jsonl and features.png")
-    if run.ranks > 1:
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
