@@ -404,15 +404,19 @@ class PixPro(nn.Module):
 
         model = PixPro(Backbone("resnet50"))
         parameters = [p for p in model.parameters() if p.requires_grad]
-        matrices = {"params": [p for p in parameters if p.dim() > 1], "lr": 1e-3}
-        vectors = {"params": [p for p in parameters if p.dim() == 1], "lr": 1e-1}
+        matrices = {"params": [p for p in parameters if p.dim() > 1]}
+        vectors = {"params": [p for p in parameters if p.dim() == 1]}
         optimizer = torch.optim.AdamW([matrices, vectors])
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, [1e-3, 1e-1], total_steps, pct_start=0.25, cycle_momentum=False
+        )
         for step, (view_1, view_2, box_1, box_2) in enumerate(loader):  # a dataset with TwoViews
             model.update_momentum(momentum_at(step, total_steps))
             loss = model(view_1, view_2, box_1, box_2).loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            schedule.step()
 
     backbone: an nn.Module with `out_channels` that returns a map [N, out_channels, H, W], or a
     dict of such maps from fine to coarse. The loss is then the mean over the maps, which share
@@ -483,13 +487,13 @@ class PixPro(nn.Module):
                 x_prime_1 = self.momentum_projector(map_prime_1)
                 x_prime_2 = self.momentum_projector(map_prime_2)
             outputs.append(self.pixel_level(x_1, x_2, x_prime_1, x_prime_2, box_1, box_2))
-        output = Output(*[torch.stack(field).mean() for field in zip(*outputs, strict=True)])
+        mean = Output(*[torch.stack(field).mean() for field in zip(*outputs, strict=True)])
 
         # Eq. 6: L = L_PixPro + alpha L_inst, with the coarsest level
+        loss = mean.loss
         if self.instance_weight:
-            loss = output.loss + self.instance_weight * self.instance_level(*levels[-1])
-            output = output._replace(loss=loss)
-        return output
+            loss = loss + self.instance_weight * self.instance_level(*levels[-1])
+        return Output(loss, mean.similarity, mean.positives, mean.spread)
 
     def pixel_level(self, x_1, x_2, x_prime_1, x_prime_2, box_1, box_2):
         """Eq. 5 (or Eq. 2) in both directions; projected maps [N, dim, H, W] of both encoders."""

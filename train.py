@@ -322,13 +322,13 @@ def main(argv=None):
 
     # Model. `initial` keeps the first weights, for comparison.
     torch.manual_seed(args.seed)
-    options = {name: getattr(args, name) for name in MODEL}
     try:
         initial = Heads(args.arch) if args.heads else Backbone(args.arch, args.layer)
-        model = PixPro(copy.deepcopy(initial), **options)
+        model = PixPro(copy.deepcopy(initial), **{name: getattr(args, name) for name in MODEL})
     except ValueError as error:
         refuse(error)
-    if min(frozen_features(initial, torch.zeros(1, 3, args.size, args.size)).shape[2:]) < 2:
+    shape = frozen_features(initial, torch.zeros(1, 3, args.size, args.size)).shape
+    if min(shape[2:]) < 2:
         refuse(f"expected a size that makes a map of at least 2 x 2, found {args.size}")
     if ranks > 1 and device == "cuda":
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -390,7 +390,8 @@ def main(argv=None):
             torch.distributed.all_reduce(means)
         if rank > 0:
             continue
-        values = dict(zip(Output._fields, (means / ranks).tolist(), strict=True), lr=lr, m=m)
+        means = (means / ranks).tolist()
+        values = dict(zip(Output._fields, means, strict=True), lr=lr, m=m)
         if not math.isfinite(values["loss"]):
             stop(f"the loss is {values['loss']} before step {step}; try a lower --lr")
         with open(out / "metrics.jsonl", "a") as file:
@@ -489,8 +490,13 @@ def linear_probe(backbone, scenes, held_out):
     scenes, held_out: images uint8 [N, 3, h, w] and masks [N, h, w], to fit and to test at full
     resolution. The mean is over the classes that are present or predicted.
     """
-    # Regression of each class's share of a cell on the cell's features and a constant
-    x = F.pad(frozen_features(backbone, scenes.images), (0, 0, 0, 0, 0, 1), value=1.0)
+    # Features with a channel of ones, whose weight is the bias
+    x, test = [
+        F.pad(frozen_features(backbone, images), (0, 0, 0, 0, 0, 1), value=1.0)
+        for images in (scenes.images, held_out.images)
+    ]  # [N, C + 1, H, W] each
+
+    # Regression of each class's share of a cell
     masks = F.one_hot(scenes.masks, len(CLASSES)).permute(0, 3, 1, 2).float()  # [N, 8, h, w]
     shares = F.adaptive_avg_pool2d(masks, x.shape[2:]).to(x.device)  # [N, 8, H, W]
     x = x.transpose(0, 1).flatten(1)  # [N, C + 1, H, W] -> [C + 1, NHW]
@@ -499,8 +505,7 @@ def linear_probe(backbone, scenes, held_out):
     gram.diagonal().mul_(1.0001).add_(1e-6)  # a little ridge, for dead channels too
     weight = torch.linalg.solve(gram, x @ shares.T).T  # [C + 1, 8] -> [8, C + 1]
 
-    x = F.pad(frozen_features(backbone, held_out.images), (0, 0, 0, 0, 0, 1), value=1.0)
-    logits = F.conv2d(x, weight[:, :, None, None])  # [N, C + 1, H, W] -> [N, 8, H, W]
+    logits = F.conv2d(test, weight[:, :, None, None])  # [N, C + 1, H, W] -> [N, 8, H, W]
     logits = F.interpolate(logits, held_out.masks.shape[1:], mode="bilinear")  # [N, 8, h, w]
     predicted = logits.argmax(1).cpu()  # [N, h, w]
 
