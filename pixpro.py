@@ -25,7 +25,7 @@ m           m, momentum_at                number        EMA decay of the momentu
 
 The paper decides; where it is silent, the authors' code does. Different from the authors' code:
 - Eq. 1 has <=, not <.
-- Eq. 1 measures distances in the image, not on axes normalised one by one.
+- Eq. 1 measures distances in the image, not after x and y were each scaled to [0, 1].
 - The loss is Eq. 5, not twice Eq. 5.
 - Images without positive pairs are left out of the mean, not counted as 0.
 - s is exactly 0 for cosines <= 0, also for gamma < 1.
@@ -54,7 +54,7 @@ STD = (0.229, 0.224, 0.225)
 class TwoViews:
     """Two random views of an image and their boxes in it (Sec. 3.1).
 
-    Takes an RGB uint8 tensor [3, H, W] or a PIL image, else raises TypeError or ValueError.
+    Takes an RGB uint8 tensor [3, h, w] or a PIL image, else raises TypeError or ValueError.
     Returns view_1, view_2: float [3, size, size], normalised by MEAN and STD; and box_1, box_2:
     [4] = (x0, y0, x1, y1), the crop's edges in pixels of the image, x0 > x1 in a mirrored view.
     `scale` bounds a crop's share of the image. Colours as in BYOL. Draws from torch's generator.
@@ -68,17 +68,17 @@ class TwoViews:
 
     def __call__(self, image):
         if hasattr(image, "convert"):  # a PIL image
-            image = v2.functional.pil_to_tensor(image.convert("RGB"))  # [3, H, W]
+            image = v2.functional.pil_to_tensor(image.convert("RGB"))  # [3, h, w]
         if not torch.is_tensor(image) or image.dtype != torch.uint8:
             raise TypeError(f"expected uint8 or PIL, found {getattr(image, 'dtype', type(image))}")
         if image.dim() != 3 or len(image) != 3:
-            raise ValueError(f"expected an RGB image [3, H, W], found {list(image.shape)}")
+            raise ValueError(f"expected an RGB image [3, h, w], found {list(image.shape)}")
         view_1, box_1 = self.crop(image)
         view_2, box_2 = self.crop(image)
         return self.colour_1(view_1), self.colour_2(view_2), box_1, box_2
 
     def crop(self, image):
-        """A random crop, resized, mirrored half of the time: [3, H, W] -> [3, size, size], [4]."""
+        """A random crop, resized, mirrored half of the time: [3, h, w] -> [3, size, size], [4]."""
         crop = v2.RandomResizedCrop.get_params(image, self.scale, ratio=(3 / 4, 4 / 3))
         view = v2.functional.resized_crop(image, *crop, [self.size, self.size])  # [3, size, size]
 
@@ -91,7 +91,7 @@ class TwoViews:
 
 
 def random_colour(blur, solarize):
-    """Random colours, with these probabilities of blur and of solarisation, then normalisation."""
+    """The colour changes of BYOL, then normalisation. blur, solarize: their probabilities."""
     jitter = [
         v2.ColorJitter(brightness=0.4),
         v2.ColorJitter(contrast=0.4),
@@ -110,7 +110,7 @@ def random_colour(blur, solarize):
 
 
 def random_hue(view):
-    """v2.functional.adjust_hue of a float view by U(-0.1, 0.1), three times as fast."""
+    """Shifts the hue by U(-0.1, 0.1), as v2.functional.adjust_hue does, in a third of its time."""
     r, g, b = view  # [h, w] each
     value = view.amax(0)
     chroma = value - view.amin(0) + 1e-8
@@ -120,7 +120,7 @@ def random_hue(view):
     hue = torch.where(value == r, (g - b) / chroma, hue)
     hue = hue + torch.empty(()).uniform_(-0.6, 0.6)
 
-    # Each channel by the distance of its own hue: bright up to one sixth, dark from two on.
+    # A channel is at `value` within a sixth of its hue, at `value - chroma` from two sixths on.
     distance = hue - torch.tensor([0.0, 2.0, 4.0])[:, None, None]  # [h, w] -> [3, h, w]
     distance = (distance - 6 * (distance / 6).round()).abs()  # the shorter way round
     return value - chroma * (distance - 1).clamp(0, 1)  # [3, h, w]
@@ -156,7 +156,7 @@ def positive_pairs(box_1, box_2, size, threshold=0.7):
     centres_2, diagonal_2 = bin_centres(box_2, size)
     larger_diagonal = torch.maximum(diagonal_1, diagonal_2)[:, :, None]  # [N, 1] -> [N, 1, 1]
 
-    # [N, HW, HW]; the other modes of cdist round too much at a distance of exactly T.
+    # [N, HW, HW]. The default of cdist squares and subtracts, which is too coarse near T.
     distance = torch.cdist(centres_1, centres_2, compute_mode="donot_use_mm_for_euclid_dist")
     return distance <= threshold * larger_diagonal  # Eq. 1
 
@@ -259,7 +259,7 @@ class PixelPropagation(nn.Module):
         if x.dim() != 4 or x.shape[1] != self.dim:
             raise ValueError(f"expected a map [N, {self.dim}, H, W], found {list(x.shape)}")
 
-        # relu is the max of Eq. 4. Its gradient is 0 at 0, where that of a root is infinite.
+        # For gamma < 1 the gradient of pow at 0 is infinite; that of relu replaces it by exactly 0.
         s = F.relu(pixel_cosine(x, x)).pow(self.gamma)  # Eq. 4, [N, HW, HW]
 
         g = self.transform(x).flatten(2)  # [N, dim, H, W] -> [N, dim, HW]
@@ -338,8 +338,8 @@ class Heads(models.detection.backbone_utils.BackboneWithFPN):
     """Head network of Sec. 3.3: image [N, 3, h, w] -> dict of maps [N, 256, H, W], P3 to P6.
 
     `body` is a ResNet, `fpn` an FPN, `tower` three convolutions of an FCOS head, shared by the
-    levels. Recalled in part, not verified: no code of it was released. Raises ValueError for an
-    arch that is no ResNet.
+    levels. From memory of the paper, not checked; the authors released no code of it. Raises
+    ValueError for an arch that is no ResNet.
     """
 
     def __init__(self, arch="resnet50"):
@@ -388,7 +388,7 @@ class Output(NamedTuple):
 
     loss: torch.Tensor  # Eq. 5 or Eq. 6, both directions; Eq. 5 lies in [-2, 2]
     similarity: torch.Tensor  # mean cos(x_i, x'_j) of the positive pairs, without propagation
-    positives: torch.Tensor  # positive pairs per image
+    positives: torch.Tensor  # positive pairs per image, mean over the levels
     spread: torch.Tensor  # of the pixels x on the unit sphere: 1 spread out, 0 collapsed
 
 
@@ -400,7 +400,7 @@ def feature_spread(x):
 
 
 class PixPro(nn.Module):
-    """The model that is pre-trained. A loop of one's own around it:
+    """The model that is pre-trained. A minimal training loop:
 
         model = PixPro(Backbone("resnet50"))
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -422,7 +422,7 @@ class PixPro(nn.Module):
     dict of such maps from fine to coarse. The loss is then the mean over the maps, which share
     projector, PPM and T (Sec. 3.3); the instance-level loss uses the coarsest.
     objective: "pixpro" (Eq. 5) or "pixcontrast" (Eq. 2, no PPM). dim is C; for the others see the
-    table above. Raises ValueError for another objective and for values out of range.
+    table above. Raises ValueError for another objective, and for gamma and num_layers out of range.
     """
 
     def __init__(
@@ -468,16 +468,16 @@ class PixPro(nn.Module):
     def forward(self, view_1, view_2, box_1, box_2):
         """view_1, view_2: [N, 3, h, w]; box_1, box_2: [N, 4], as from TwoViews. -> Output."""
         # Both encoders see both views. The momentum encoder takes no gradient.
-        map_1 = self.backbone(view_1)  # [N, out_channels, H, W], or a dict of such maps
-        map_2 = self.backbone(view_2)
+        maps_1 = self.backbone(view_1)  # [N, out_channels, H, W], or a dict of such maps
+        maps_2 = self.backbone(view_2)
         with torch.no_grad():
-            map_prime_1 = self.momentum_backbone(view_1)
-            map_prime_2 = self.momentum_backbone(view_2)
+            maps_prime_1 = self.momentum_backbone(view_1)
+            maps_prime_2 = self.momentum_backbone(view_2)
 
-        # Sec. 3.3: the maps of a dict are the levels of a head network, from fine to coarse.
-        levels = [(map_1, map_2, map_prime_1, map_prime_2)]
-        if isinstance(map_1, dict):
-            levels = list(zip(*[maps.values() for maps in levels[0]], strict=True))
+        # Sec. 3.3: a head network returns a dict of levels, from fine to coarse.
+        levels = [(maps_1, maps_2, maps_prime_1, maps_prime_2)]
+        if isinstance(maps_1, dict):
+            levels = [(maps_1[k], maps_2[k], maps_prime_1[k], maps_prime_2[k]) for k in maps_1]
 
         outputs = []
         for map_1, map_2, map_prime_1, map_prime_2 in levels:
@@ -487,7 +487,7 @@ class PixPro(nn.Module):
                 x_prime_1 = self.momentum_projector(map_prime_1)
                 x_prime_2 = self.momentum_projector(map_prime_2)
             outputs.append(self.pixel_level(x_1, x_2, x_prime_1, x_prime_2, box_1, box_2))
-        mean = Output(*[torch.stack(field).mean() for field in zip(*outputs, strict=True)])
+        mean = Output(*[torch.stack(field).mean() for field in zip(*outputs)])  # over the levels
 
         # Eq. 6: L = L_PixPro + alpha L_inst, with the coarsest level
         loss = mean.loss

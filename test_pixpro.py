@@ -1173,7 +1173,7 @@ def test_views_refuse_what_does_not_fit():
         TwoViews()(torch.zeros(3, 20, 20))
     with pytest.raises(TypeError, match="found <class 'str'>"):
         TwoViews()("image.jpg")
-    with pytest.raises(ValueError, match=r"expected an RGB image \[3, H, W\], found \[1, 20, 20\]"):
+    with pytest.raises(ValueError, match=r"expected an RGB image \[3, h, w\], found \[1, 20, 20\]"):
         TwoViews()(torch.zeros(1, 20, 20, dtype=torch.uint8))
 
 
@@ -1539,7 +1539,7 @@ def test_train_replaces_what_cannot_be_read(spoiled, tmp_path, monkeypatch, capf
 
 
 def test_train_sample_is_the_next_one_that_can_be_read(spoiled, tmp_path, capsys):
-    paths = train.find_images(spoiled, tmp_path)
+    paths = train.find_images(spoiled, tmp_path / "out")
     samples = train.Samples(paths, TwoViews(size=16), 0)
     drawn = [samples[n] for n in range(len(paths) + 1)]
     replaced = [n for n in range(len(paths)) if torch.equal(drawn[n][0], drawn[n + 1][0])]
@@ -1555,7 +1555,7 @@ def test_train_stops_after_ten_photographs_in_a_row_that_cannot_be_read(tmp_path
     with pytest.raises(SystemExit) as stop:
         flags = ["--data", tmp_path, "--steps", 4, "--batch", 2, "--workers", workers]
         run_main(tmp_path / "out", *flags)
-    sentence = "ten photographs in a row cannot be read; the same command continues from"
+    sentence = "ten photographs in a row cannot be read; mend them, and the same command continues"
     assert stop.value.code.startswith(f"\ntrain.py: {sentence}")
     assert len(stop.value.code.splitlines()) == 2  # an empty one, and the sentence
     assert capfd.readouterr().out.count("warning: cannot read") >= 10
@@ -1592,7 +1592,7 @@ def test_train_keeps_the_last_state_when_the_disk_is_full(photographs, tmp_path,
         limit = len(before) // 2 if full == "checkpoint" else size + 20
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
         with pytest.raises(
-            SystemExit, match="the disk is full .*File too large.*; the same command"
+            SystemExit, match="the disk is full .*File too large.*, and the same command continues"
         ) as stop:
             run_main(tmp_path / "out", *flags)
     finally:
@@ -1811,7 +1811,9 @@ def test_train_refuses_other_settings(photographs, tmp_path, capsys):
         (["--lr", "-1"], "expected --lr > 0, found -1"),
         (["--lr", "nan"], "expected --lr > 0, found nan"),
         (["--lr", "inf"], "expected --lr > 0, found inf"),
-        (["--data", "no-such-folder"], "expected images below no-such-folder, found none"),
+        (["--data", ""], "expected images below '', found none"),
+        (["--arch", "alexnet", "--layer", "features"], "Output size is too small"),
+        (["--data", "no-such-folder"], "expected images below 'no-such-folder', found none"),
     ],
 )
 def test_train_refuses_bad_flags_in_one_sentence(photographs, tmp_path, capsys, flags, message):
@@ -1831,7 +1833,7 @@ def test_train_refuses_a_folder_without_images(tmp_path, capsys, files):
         run_main(tmp_path / "out", "--data", tmp_path / "data", "--steps", 1)
     error = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and error[-1].endswith(
-        f"expected images below {tmp_path / 'data'}, found none"
+        f"expected images below '{tmp_path / 'data'}', found none"
     )
     assert not (tmp_path / "out").exists()
 
@@ -1859,9 +1861,7 @@ def test_train_stops_at_a_loss_that_is_not_finite(photographs, tmp_path, monkeyp
         return output._replace(loss=output.loss * math.nan) if len(calls) == 3 else output
 
     monkeypatch.setattr(PixPro, "forward", breaking)
-    with pytest.raises(
-        SystemExit, match="the loss is nan before step 4; try a lower --lr; the same"
-    ):
+    with pytest.raises(SystemExit, match="the loss is nan before step 4; lower --lr"):
         run_main(tmp_path / "out", "--data", photographs, "--steps", 6)
     assert torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"] == 2
     assert [record["step"] for record in metrics(tmp_path / "out")] == [2]
@@ -2896,8 +2896,10 @@ def test_readme_snippets_run(snippet, tmp_path, monkeypatch):
 def test_readme_names_what_exists():
     tests = set(re.findall(r"`(test_\w+)`", README))
     assert len(tests) >= 10 and tests <= globals().keys()
-    links = re.findall(r"\]\(((?!http)[^)]+)\)", README)
+    links = re.findall(r"\]\(((?!http|#)[^)]+)\)", README)
     assert links and all((HERE / link).exists() for link in links)
+    headings = {f"#{title.lower().replace(' ', '-')}" for title in re.findall(r"\n#+ (.+)", README)}
+    assert set(re.findall(r"\]\((#[^)]+)\)", README)) <= headings
 
 
 def test_readme_flags_exist():

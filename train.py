@@ -2,7 +2,7 @@
 
     python train.py                                   recipe demo: drawn scenes, minutes on a CPU
     python train.py --data DIR                        recipe paper, on every image below DIR
-    torchrun --nproc_per_node=8 train.py --data DIR   the same on 8 GPUs; --batch is their total
+    torchrun --nproc_per_node=8 train.py --data DIR   the same on 8 GPUs; --batch counts all of them
 
 The same command continues a run that was stopped, bit for bit on a CPU.
 """
@@ -31,6 +31,7 @@ from torchvision.utils import save_image
 from pixpro import MEAN, STD, Backbone, Heads, Output, PixPro, TwoViews, momentum_at
 
 # ------------------------------------ Recipes and flags ------------------------------------
+# The type of a flag is that of the demo's value. Numbers are > 0, or named in MAY_BE_0 below.
 MODEL = {  # argument of PixPro: (value in recipe demo, value in recipe paper, meaning)
     "hidden_dim": (2048, 2048, "width of the projection heads"),
     "gamma": (2.0, 2.0, "exponent of the similarity in Eq. 4"),
@@ -60,7 +61,7 @@ RECORD_STEPS = 10  # between records in metrics.jsonl
 PRINT_SECONDS = 5  # between lines of the log
 SAVE_SECONDS = 60  # between checkpoints
 FORMAT = 2  # of last.pt
-# The flags that may change when a run continues, and those that may be 0
+# What may change when a run continues; epochs count by the number of steps that they make.
 FREE = ("recipe", "data", "out", "workers", "device", "compile", "epochs", "warmup_epochs")
 MAY_BE_0 = ("seed", "workers", "warmup_epochs", "num_layers", "threshold", "instance_weight")
 
@@ -72,22 +73,22 @@ def parse(argv):
     parser = argparse.ArgumentParser(usage="train.py [--data DIR] [flags]", allow_abbrev=False)
     add = parser.add_argument
     add("--data", help="train on every image below this folder, not on drawn scenes")
-    add("--recipe", choices=["demo", "paper"], help="demo, or with --data paper: see below")
+    add("--recipe", choices=["demo", "paper"], help="values of the flags below (paper with --data)")
     add("--out", type=Path, help="folder for everything that is written (runs/RECIPE)")
     add("--steps", type=int, help="length of the run, instead of --epochs")
     add("--seed", type=int, default=0, help="of scenes, weights, order and views (0)")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="precision (auto)")
     add("--workers", type=int, default=workers, help=f"data processes per rank ({workers})")
-    add("--device", choices=devices, default=devices[0], help=f"({devices[0]})")
+    add("--device", choices=devices, default=devices[0], help=f"where to train ({devices[0]})")
     add("--compile", action="store_true", help="run the model through torch.compile")
-    add("--heads", action="store_true", help="pre-train an FPN and a head as well (no --layer)")
+    add("--heads", action="store_true", help="train an FPN and a head too; --layer is then unused")
     for name, (demo, paper, meaning) in RECIPES.items():
         flag = "--" + name.replace("_", "-")
         add(flag, type=type(demo), help=f"{meaning} (demo {demo}, paper {paper})")
 
     # The first reading finds the recipe, the second fills in its values.
     args = parser.parse_args(argv)
-    recipe = args.recipe or ("paper" if args.data else "demo")
+    recipe = args.recipe or ("demo" if args.data is None else "paper")
     values = DEMO if recipe == "demo" else PAPER
     parser.set_defaults(recipe=recipe, out=Path("runs", recipe), **values)
     args = parser.parse_args(argv)
@@ -113,7 +114,7 @@ class LARS(torch.optim.Optimizer):
     """SGD with momentum and a rate for each layer (arXiv 1708.03888), as in the authors' code.
 
     g <- g + weight_decay p
-    g <- g trust_coefficient |p| / (|g| + eps), unless a norm is 0
+    g <- g trust_coefficient |p| / (|g| + eps), if |p| > 0
     v <- momentum v + g
     p <- p - lr v
 
@@ -142,10 +143,8 @@ class LARS(torch.optim.Optimizer):
     def update(self, p, g, lr, momentum, weight_decay, trust_coefficient, eps, **_):
         if p.dim() > 1:
             g.add_(p, alpha=weight_decay)
-            p_norm = p.norm()
-            g_norm = g.norm()
-            scale = trust_coefficient * p_norm / (g_norm + eps)
-            g.mul_(torch.where((p_norm > 0) & (g_norm > 0), scale, 1.0))
+            scale = trust_coefficient * p.norm() / (g.norm() + eps)
+            g.mul_(torch.where(scale > 0, scale, 1.0))
 
         state = self.state[p]
         if "v" not in state:
@@ -158,12 +157,16 @@ class LARS(torch.optim.Optimizer):
 def find_images(folder, out):
     """Paths of the images below a folder, without hidden ones and those that are written to out."""
     paths = []
-    for place, folders, files in os.walk(os.path.abspath(folder)):
-        folders[:] = [name for name in folders if name[0] != "." and Path(place, name) != out]
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name[0] != "."]
+        if f"{os.path.abspath(place)}{os.sep}".startswith(f"{out}{os.sep}"):
+            continue
         for name in files:
             if name[0] != "." and name.lower().endswith((*IMG_EXTENSIONS, ".gif")):
                 paths.append(os.path.join(place, name))
-    return np.array(sorted(paths))  # workers share an array; a list of strings they would copy
+    return np.array(
+        sorted(paths)
+    )  # forked workers share an array; each would copy a list of strings
 
 
 def load_image(path):
@@ -184,7 +187,7 @@ class Unreadable(Exception):
 
 
 class Samples:
-    """Sample n of a run: two views and boxes of an image, a function of (seed, n).
+    """Sample n of a run: two views and boxes of an image, a function of (seed, n) and the images.
 
     images: uint8 [count, 3, h, w], or paths. Epoch n // count shows each image once. The next
     sample replaces one whose file cannot be read; raises Unreadable after ten of them in a row.
@@ -206,7 +209,7 @@ class Samples:
 
             image = self.images[self.order[place]]
             try:
-                image = load_image(image) if isinstance(image, (str, Path)) else image
+                image = load_image(image) if isinstance(image, str) else image
             except Exception:  # decoders raise many kinds
                 print(f"warning: cannot read {image}, the next sample is used", flush=True)
                 continue
@@ -224,22 +227,22 @@ def refuse(reason):
 
 def stop(reason):
     """Ends the run with one sentence and exit code 1."""
-    sys.exit(f"\ntrain.py: {reason}; the same command continues from the last checkpoint")
+    sys.exit(f"\ntrain.py: {reason}")
 
 
 @contextlib.contextmanager
 def foreseen_errors():
-    """Ends a run in one sentence for what is bound to happen; other errors keep their traceback."""
+    """Ends the run in one sentence for errors that are expected; others keep their traceback."""
     try:
         yield
     except KeyboardInterrupt:
-        stop("interrupted")
+        stop("interrupted; the same command continues from the last checkpoint")
     except Unreadable:
-        stop("ten photographs in a row cannot be read")
+        stop("ten photographs in a row cannot be read; mend them, and the same command continues")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        stop(f"the disk is full ({error})")
+        stop(f"the disk is full ({error}); make room, and the same command continues")
 
 
 def save(path, state):
@@ -255,7 +258,7 @@ def save_checkpoint(out, settings, step, parts):
     """Writes last.pt: all that the next step depends on besides the settings."""
     state = {name: part.state_dict() for name, part in parts.items()}
     if not all(tensor.isfinite().all() for tensor in state["model"].values()):
-        stop(f"the weights are not finite at step {step}")
+        stop(f"the weights are not finite at step {step}; try a lower --lr, with another --out")
     metrics_size = (out / "metrics.jsonl").stat().st_size
     state |= {"settings": settings, "step": step, "metrics_size": metrics_size}
     save(out / "last.pt", state)
@@ -286,10 +289,12 @@ def resume(out, settings, parts):
 
     try:
         out.mkdir(parents=True, exist_ok=True)
+        with open(out / "metrics.jsonl", "a") as file:
+            file.truncate(min(file.tell(), checkpoint["metrics_size"]))
     except OSError as error:
-        refuse(error)
-    with open(out / "metrics.jsonl", "a") as file:
-        file.truncate(min(file.tell(), checkpoint["metrics_size"]))
+        refuse(f"cannot write to {out}: {error.strerror}")
+    if checkpoint["step"] == 0:
+        (out / "backbone.pt").unlink(missing_ok=True)  # of an earlier run
     return checkpoint["step"]
 
 
@@ -298,7 +303,7 @@ def resume(out, settings, parts):
 def main(argv=None):
     """One pre-training run, from the flags to backbone.pt."""
     args = parse(argv)
-    out = args.out.absolute()
+    out = Path(os.path.abspath(args.out))
 
     # Processes. torchrun starts one for each GPU and numbers them.
     device = args.device
@@ -310,24 +315,24 @@ def main(argv=None):
         torch.distributed.init_process_group()  # NCCL for GPUs, gloo for CPUs
 
     # Data
-    images = find_images(args.data, out) if args.data else Scenes(SCENES, args.seed).images
+    images = Scenes(SCENES, args.seed).images if args.data is None else find_images(args.data, out)
     if len(images) == 0:
-        refuse(f"expected images below {args.data}, found none")
+        refuse(f"expected images below {args.data!r}, found none")
     if args.batch > len(images) or args.batch % ranks != 0:
         refuse(f"expected a batch <= {len(images)}, a multiple of {ranks}, found {args.batch}")
     args.images = len(images)
-    epoch = len(images) / args.batch  # in steps
-    args.steps = args.steps or max(1, round(args.epochs * epoch))
-    args.warmup_steps = min(round(args.warmup_epochs * epoch), args.steps // 4)
+    epoch_steps = len(images) / args.batch
+    args.steps = args.steps or max(1, round(args.epochs * epoch_steps))
+    args.warmup_steps = min(round(args.warmup_epochs * epoch_steps), args.steps // 4)
 
     # Model. `initial` keeps the first weights, for comparison.
     torch.manual_seed(args.seed)
     try:
         initial = Heads(args.arch) if args.heads else Backbone(args.arch, args.layer)
         model = PixPro(copy.deepcopy(initial), **{name: getattr(args, name) for name in MODEL})
-    except ValueError as error:
-        refuse(error)
-    shape = frozen_features(initial, torch.zeros(1, 3, args.size, args.size)).shape
+        shape = frozen_features(initial, torch.zeros(1, 3, args.size, args.size)).shape
+    except (ValueError, RuntimeError) as error:
+        refuse(str(error).splitlines()[0])
     if min(shape[2:]) < 2:
         refuse(f"expected a size that makes a map of at least 2 x 2, found {args.size}")
     if ranks > 1 and device == "cuda":
@@ -347,7 +352,7 @@ def main(argv=None):
     settings["format"] = FORMAT
     step = resume(out, settings, parts)
 
-    # `network` is the model that is called. DDP waits until all ranks have come here.
+    # DDP waits for all ranks, so that rank 0 writes only after all have read last.pt.
     network = torch.nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
     network = torch.compile(network) if args.compile else network
 
@@ -383,7 +388,7 @@ def main(argv=None):
         if step % RECORD_STEPS != 0 and step < args.steps:
             continue
 
-        # Record the means since the last record. Only here the host waits for the GPU.
+        # Record the means since the last record. Reading them in every step would slow a GPU down.
         means = torch.stack(outputs).mean(0)  # [steps, 4] -> [4]
         outputs.clear()
         if ranks > 1:
@@ -391,9 +396,9 @@ def main(argv=None):
         if rank > 0:
             continue
         means = (means / ranks).tolist()
-        values = dict(zip(Output._fields, means, strict=True), lr=lr, m=m)
+        values = dict(zip(Output._fields, means), lr=lr, m=m)
         if not math.isfinite(values["loss"]):
-            stop(f"the loss is {values['loss']} before step {step}; try a lower --lr")
+            stop(f"the loss is {values['loss']} before step {step}; lower --lr, with another --out")
         with open(out / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step} | values) + "\n")
         now = time.monotonic()
@@ -406,7 +411,7 @@ def main(argv=None):
             save_checkpoint(out, settings, step, parts)
             saved = now
 
-    # Finish. backbone.pt is written last and marks the run as complete.
+    # Finish. backbone.pt is written last: it marks the run as complete.
     if rank == 0:
         if batches or not (out / "backbone.pt").exists():
             finish(args, out, images, initial.to(device), model.backbone)
@@ -441,7 +446,7 @@ def auto_amp(device):
 
 def finish(args, out, images, initial, trained):
     """Compares the backbone with its first weights; writes features.png and backbone.pt."""
-    if args.data:
+    if args.data is not None:
         square = Samples(images, lambda image: ImageOps.fit(image, [2 * args.size] * 2), args.seed)
         shown = [v2.functional.pil_to_tensor(square[n]) for n in range(min(8, len(images)))]
         shown = torch.stack(shown)  # [8, 3, 2 size, 2 size]
@@ -464,7 +469,7 @@ def finish(args, out, images, initial, trained):
 # ------------------------------------ Appendix: probe, picture ------------------------------------
 @torch.no_grad()
 def frozen_features(backbone, images):
-    """Maps [N, C, H, W] of images uint8 [N, 3, h, w] in eval mode; of several levels the finest."""
+    """Maps [N, C, H, W] of images uint8 [N, 3, h, w] in eval mode; the first map of a dict."""
     backbone = copy.deepcopy(backbone).eval()  # a copy, so that the original keeps its mode
     images = images.to(next(backbone.parameters()).device)
     views = v2.functional.normalize(images / 255, MEAN, STD)
@@ -502,7 +507,7 @@ def linear_probe(backbone, scenes, held_out):
     x = x.transpose(0, 1).flatten(1)  # [N, C + 1, H, W] -> [C + 1, NHW]
     shares = shares.transpose(0, 1).flatten(1)  # [N, 8, H, W] -> [8, NHW]
     gram = x @ x.T  # [C + 1, C + 1]
-    gram.diagonal().mul_(1.0001).add_(1e-6)  # a little ridge, for dead channels too
+    gram.diagonal().mul_(1.0001).add_(1e-6)  # ridge: 0.01%, and 1e-6 for channels of zeros
     weight = torch.linalg.solve(gram, x @ shares.T).T  # [C + 1, 8] -> [8, C + 1]
 
     logits = F.conv2d(test, weight[:, :, None, None])  # [N, C + 1, H, W] -> [N, 8, H, W]
@@ -543,7 +548,7 @@ class Scenes:
 
     def __init__(self, count, seed=0, first=0, size=144):
         scenes = [draw_scene(seed, number, size) for number in range(first, first + count)]
-        images, masks = [torch.from_numpy(np.stack(arrays)) for arrays in zip(*scenes, strict=True)]
+        images, masks = [torch.from_numpy(np.stack(arrays)) for arrays in zip(*scenes)]
         self.images = images.permute(0, 3, 1, 2)  # [count, h, w, 3] -> [count, 3, h, w]
         self.masks = masks
 
