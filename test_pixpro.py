@@ -1710,6 +1710,25 @@ def test_train_deletes_nothing_before_the_command_is_checked(photographs, tmp_pa
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+def test_train_does_not_take_the_backbone_of_an_earlier_run_for_its_own(
+    photographs, tmp_path, monkeypatch
+):
+    out, flags = tmp_path / "out", ["--data", photographs, "--steps", 1]
+    run_main(out, *flags)
+    (out / "last.pt").unlink()
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "finish", interrupted)
+        run_main(out, *flags, "--seed", 1)
+    run_main(out, *flags, "--seed", 1)  # finishes what was interrupted
+    model = torch.load(out / "last.pt", weights_only=True)["model"]
+    for name, weight in torch.load(out / "backbone.pt", weights_only=True).items():
+        assert torch.equal(weight, model[f"backbone.body.{name}"]), name
+
+
 def test_train_refuses_a_checkpoint_of_the_first_edition(photographs, tmp_path, capsys):
     out = tmp_path / "out"
     run_main(out, "--data", photographs, "--steps", 1)
