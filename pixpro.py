@@ -1,16 +1,13 @@
 """PixPro, the whole method in one file: pixel-level consistency for unsupervised pre-training.
 
-"Propagate Yourself: Exploring Pixel-Level Consistency for Unsupervised Visual Representation
-Learning", Xie, Lin, Zhang, Cao, Lin, Hu; CVPR 2021; arXiv 2011.10043. In the paper's order:
+In the order of the paper "Propagate Yourself" (Xie et al., CVPR 2021; arXiv 2011.10043):
 
 Sec. 3.1  Two random crops of an image become two views, which keep their boxes in the image.
-Eq. 1     A "pixel" is a cell of a feature map. Pixels of the two views that lie close together in
-          the image are positive pairs.
-Eq. 2     PixContrast, the baseline, is InfoNCE over the pixels of one image.
-Eq. 3-5   PixPro has no negatives. The online encoder's map, smoothed by the pixel propagation
-          module, is pulled towards the momentum encoder's map of the other view.
-Eq. 6     An instance-level loss can share the backbone.
-Sec. 3.3  The levels of a head network can share the loss.
+Eq. 1     Pixels (cells of the two feature maps) that lie close in the image are positive pairs.
+Eq. 2     PixContrast, the baseline: InfoNCE over the pixels of one image.
+Eq. 3, 4  The pixel propagation module smooths the online encoder's map.
+Eq. 5     PixPro pulls it towards the momentum encoder's map of the other view, without negatives.
+Eq. 6     An instance-level loss can share the backbone; levels of a head network the loss (3.3).
 
 symbol      name                          shape         meaning (pixel i = row * W + column)
 x           x                             [N, C, H, W]  map of the online encoder
@@ -31,8 +28,7 @@ The paper decides; where it is silent, the authors' code does. Different from th
 - s is exactly 0 for cosines <= 0, also for gamma < 1.
 - The heads are 2048 wide, not 4096.
 - PixContrast (Eq. 2) exists.
-Different from the paper, as in the authors' code:
-- The instance-level loss has no negatives.
+Different from the paper, as in the authors' code: the instance-level loss has no negatives.
 """
 
 import copy
@@ -54,10 +50,9 @@ STD = (0.229, 0.224, 0.225)
 class TwoViews:
     """Two random views of an image and their boxes in it (Sec. 3.1).
 
-    Takes an RGB uint8 tensor [3, h, w] or a PIL image, else raises TypeError or ValueError.
-    Returns view_1, view_2: float [3, size, size], normalised by MEAN and STD; and box_1, box_2:
-    [4] = (x0, y0, x1, y1), the crop's edges in pixels of the image, x0 > x1 in a mirrored view.
-    `scale` bounds a crop's share of the image. Colours as in BYOL. Draws from torch's generator.
+    Takes an RGB uint8 tensor [3, h, w] or a PIL image, else raises TypeError or ValueError. Returns
+    view_1, view_2: float [3, size, size], normalised by MEAN and STD; box_1, box_2: [4] = (x0, y0,
+    x1, y1), the crop's edges in pixels, x0 > x1 if mirrored. `scale`: the crop's share of the area.
     """
 
     def __init__(self, size=224, scale=(0.08, 1.0)):
@@ -81,7 +76,6 @@ class TwoViews:
         """A random crop, resized, mirrored half of the time: [3, h, w] -> [3, size, size], [4]."""
         crop = v2.RandomResizedCrop.get_params(image, self.scale, ratio=(3 / 4, 4 / 3))
         view = v2.functional.resized_crop(image, *crop, [self.size, self.size])  # [3, size, size]
-
         top, left, height, width = crop
         box = torch.tensor([left, top, left + width, top + height], dtype=torch.float32)  # [4]
         if torch.rand(()) < 0.5:
@@ -92,12 +86,8 @@ class TwoViews:
 
 def random_colour(blur, solarize):
     """The colour changes of BYOL, then normalisation. blur, solarize: their probabilities."""
-    jitter = [
-        v2.ColorJitter(brightness=0.4),
-        v2.ColorJitter(contrast=0.4),
-        v2.ColorJitter(saturation=0.2),
-        random_hue,
-    ]
+    # brightness, contrast, saturation, hue
+    jitter = [v2.ColorJitter(0.4), v2.ColorJitter(0, 0.4), v2.ColorJitter(0, 0, 0.2), random_hue]
     steps = [
         v2.ToDtype(torch.float32, scale=True),
         v2.RandomApply([v2.RandomOrder(jitter)], p=0.8),
@@ -140,10 +130,9 @@ def positive_pairs(box_1, box_2, size, threshold=0.7):
 
     dist(i, j) is the distance in the image between the centres of bin i of view 1 and bin j of
     view 2, divided by the larger of the two views' bin diagonals.
-
     box_1, box_2: [N, 4] = (x0, y0, x1, y1) in any unit of length, x0 > x1 in a mirrored view.
-    size: (H, W) of the map. Returns bool [N, HW, HW]: rows view 1, columns view 2.
-    Raises ValueError for boxes of other shapes and for T < 0.
+    size: (H, W) of the map. Returns bool [N, HW, HW]: rows view 1, columns view 2. Raises
+    ValueError for boxes of other shapes and for T < 0.
     """
     if box_1.shape != box_2.shape or box_1.dim() != 2 or box_1.shape[1] != 4:
         raise ValueError(
@@ -151,11 +140,9 @@ def positive_pairs(box_1, box_2, size, threshold=0.7):
         )
     if not threshold >= 0:
         raise ValueError(f"expected threshold >= 0, found {threshold}")
-
     centres_1, diagonal_1 = bin_centres(box_1, size)
     centres_2, diagonal_2 = bin_centres(box_2, size)
     larger_diagonal = torch.maximum(diagonal_1, diagonal_2)[:, :, None]  # [N, 1] -> [N, 1, 1]
-
     # [N, HW, HW]. The default of cdist squares and subtracts, which is too coarse near T.
     distance = torch.cdist(centres_1, centres_2, compute_mode="donot_use_mm_for_euclid_dist")
     return distance <= threshold * larger_diagonal  # Eq. 1
@@ -169,7 +156,6 @@ def bin_centres(box, size):
     height = (y1 - y0) / H
     x = x0 + width * (torch.arange(W, device=box.device) + 0.5)  # [N, W]
     y = y0 + height * (torch.arange(H, device=box.device) + 0.5)  # [N, H]
-
     grid = torch.broadcast_tensors(x[:, None, :], y[:, :, None])  # [N, H, W] each
     centres = torch.stack(grid, dim=3).flatten(1, 2)  # [N, H, W, 2] -> [N, HW, 2]
     return centres, torch.hypot(width, height)
@@ -183,20 +169,16 @@ def pixcontrast_loss(x, x_prime, positives, temperature=0.3):
 
     j: the pixels of the other view of the same image; P: those that Eq. 1 makes positive for i.
     Mean over the pixels i with a positive, then over the images with such pixels; 0 without any.
-
     x, x_prime: [N, C, H, W], no gradient into x_prime. positives: bool [N, HW, HW]. Returns a
     scalar >= 0. Raises ValueError or TypeError for inputs that do not fit, or temperature <= 0.
     """
     check_maps(x, x_prime, positives)
     if not temperature > 0:
         raise ValueError(f"expected temperature > 0, found {temperature}")
-
     logits = pixel_cosine(x, x_prime.detach()) / temperature  # [N, HW, HW]
-
     # Rows without positives stay unmasked, so their loss is 0 and not NaN; the mean skips them.
     has_positive = positives.any(2)  # [N, HW, HW] -> [N, HW]
     masked = ~positives & has_positive[:, :, None]  # [N, HW, HW]
-
     log_positive = logits.masked_fill(masked, -math.inf).logsumexp(2)  # [N, HW, HW] -> [N, HW]
     log_all = logits.logsumexp(2)  # [N, HW, HW] -> [N, HW]
     return mean_over_images(log_all - log_positive, has_positive)  # Eq. 2
@@ -221,7 +203,7 @@ def mean_over_images(value, mask):
 
 def check_maps(x, x_prime, positives):
     """Raises an error unless x, x_prime are maps [N, C, H, W] and positives bool [N, HW, HW]."""
-    if x.dim() != 4 or x_prime.dim() != 4 or x.shape[:2] != x_prime.shape[:2]:
+    if not x.dim() == x_prime.dim() == 4 or x.shape[:2] != x_prime.shape[:2]:
         raise ValueError(
             f"expected maps [N, C, H, W], found {list(x.shape)}, {list(x_prime.shape)}"
         )
@@ -239,9 +221,8 @@ class PixelPropagation(nn.Module):
     Eq. 3: y_i = sum_j s(x_i, x_j) g(x_j), over all pixels j of the same map, i included
     Eq. 4: s(x_i, x_j) = max(cos(x_i, x_j), 0) ^ gamma
 
-    `transform` is g: num_layers 1x1 convolutions, BatchNorm and ReLU between them, or the
-    identity; g(x_j) is L2-normalised, as in the authors' code. Raises ValueError for gamma <= 0,
-    num_layers < 0, or a map of another shape.
+    `transform` is g: num_layers 1x1 convolutions with BatchNorm and ReLU between them; g(x_j) is
+    L2-normalised (authors' code). Raises ValueError for gamma <= 0, num_layers < 0, other maps.
     """
 
     def __init__(self, dim=256, gamma=2.0, num_layers=1):
@@ -258,12 +239,9 @@ class PixelPropagation(nn.Module):
     def forward(self, x):
         if x.dim() != 4 or x.shape[1] != self.dim:
             raise ValueError(f"expected a map [N, {self.dim}, H, W], found {list(x.shape)}")
-
         # For gamma < 1 the gradient of pow at 0 is infinite; that of relu replaces it by exactly 0.
         s = F.relu(pixel_cosine(x, x)).pow(self.gamma)  # Eq. 4, [N, HW, HW]
-
-        g = self.transform(x).flatten(2)  # [N, dim, H, W] -> [N, dim, HW]
-        g = F.normalize(g, dim=1)
+        g = F.normalize(self.transform(x).flatten(2), dim=1)  # [N, dim, H, W] -> [N, dim, HW]
         y = g @ s.to(g.dtype)  # Eq. 3, s is symmetric: [N, dim, HW] @ [N, HW, HW] -> [N, dim, HW]
         return y.unflatten(2, x.shape[2:])  # [N, dim, HW] -> [N, dim, H, W]
 
@@ -273,35 +251,31 @@ def consistency_loss(y, x_prime, positives):
     """Eq. 5, from one view to the other: -cos(y_i, x'_j). Eq. 5 is the sum of both directions.
 
     Mean over an image's positive pairs (i, j), then over the images with any; 0 without any.
-
     y, x_prime: [N, C, H, W], no gradient into x_prime. positives: bool [N, HW, HW]. Returns a
     scalar in [-1, 1]. Raises ValueError or TypeError for inputs that do not fit.
     """
     check_maps(y, x_prime, positives)
-    cosine = pixel_cosine(y, x_prime.detach())  # [N, HW, HW]
-    return -mean_over_images(cosine, positives)  # Eq. 5
+    return -mean_over_images(pixel_cosine(y, x_prime.detach()), positives)  # Eq. 5
 
 
 def instance_loss(p, z_prime):
     """L_inst of Eq. 6, from one view to the other: -cos(p, z'), mean over the images, no negatives.
 
-    p: [N, C], the online prediction. z_prime: [N, C], the momentum projection of the other view,
-    no gradient into it. Returns a scalar in [-1, 1]. Raises ValueError for other shapes.
+    p: [N, C], the online prediction; z_prime: [N, C], the momentum projection, without gradient.
+    Returns a scalar in [-1, 1]. Raises ValueError for other shapes.
     """
     if p.dim() != 2 or p.shape != z_prime.shape:
         raise ValueError(f"expected two [N, C], found {list(p.shape)} and {list(z_prime.shape)}")
     dtype = torch.promote_types(p.dtype, torch.float32)
-    cosine = F.cosine_similarity(p.to(dtype), z_prime.detach().to(dtype), dim=1)  # [N]
-    return -cosine.mean()
+    return -F.cosine_similarity(p.to(dtype), z_prime.detach().to(dtype), dim=1).mean()
 
 
 # ------------------------------------ Networks ------------------------------------
 class Backbone(nn.Module):
     """A classification network of torchvision up to a layer: image [N, 3, h, w] -> map.
 
-    The map is [N, out_channels, H, W]. `body` is the network, with torchvision's names in its
-    state dict. In a ResNet the last BatchNorm weight of each residual block starts at 0, as in
-    the authors' code. Raises ValueError for an unknown arch or layer, or one without a map.
+    The map is [N, out_channels, H, W]. `body` is the network, under torchvision's names; residual
+    blocks start at zero (authors' code). Raises ValueError for an unknown arch or layer, or no map.
     """
 
     def __init__(self, arch="resnet50", layer="layer4"):
@@ -313,8 +287,7 @@ class Backbone(nn.Module):
         self.body = create_feature_extractor(network, {layer: "map"})
 
         # One image of zeros tells the shape; in eval mode it leaves BatchNorm's buffers alone.
-        with torch.no_grad():
-            shape = list(self.eval()(torch.zeros(1, 3, 224, 224)).shape)
+        shape = list(self.eval()(torch.zeros(1, 3, 224, 224)).shape)
         self.train()
         if len(shape) != 4 or shape[2] != shape[3]:  # tokens [N, L, C], or channels last
             raise ValueError(f"expected a map [N, C, H, W] from {layer!r} of {arch}, found {shape}")
@@ -326,20 +299,15 @@ class Backbone(nn.Module):
 
 def projection_head(in_channels, hidden, out):
     """The projector (Sec. 3.1): [N, in_channels, H, W] -> [N, out, H, W], pixel by pixel."""
-    return nn.Sequential(
-        nn.Conv2d(in_channels, hidden, 1),
-        nn.BatchNorm2d(hidden),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(hidden, out, 1),
-    )
+    layers = [nn.Conv2d(in_channels, hidden, 1), nn.BatchNorm2d(hidden), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.Conv2d(hidden, out, 1))
 
 
 class Heads(models.detection.backbone_utils.BackboneWithFPN):
     """Head network of Sec. 3.3: image [N, 3, h, w] -> dict of maps [N, 256, H, W], P3 to P6.
 
-    `body` is a ResNet, `fpn` an FPN, `tower` three convolutions of an FCOS head, shared by the
-    levels. From memory of the paper, not checked; the authors released no code of it. Raises
-    ValueError for an arch that is no ResNet.
+    `body`: ResNet; `fpn`: FPN; `tower`: three convolutions of an FCOS head, for all levels. From
+    memory of the paper, as no code was released. Raises ValueError for an arch that is no ResNet.
     """
 
     def __init__(self, arch="resnet50"):
@@ -359,12 +327,9 @@ class Heads(models.detection.backbone_utils.BackboneWithFPN):
         return {name: self.tower(level) for name, level in levels.items()}
 
 
-# ------------------------------------ Momentum encoder ------------------------------------
+# ------------------------------------ Momentum encoder, PixPro ------------------------------------
 def momentum_at(step, total_steps, base=0.99):
-    """m at step k of K: 1 - (1 - base) (cos(pi k / K) + 1) / 2, rising from base to 1.
-
-    From the authors' code. Raises ValueError unless 0 <= k <= K and K >= 1.
-    """
+    """m at step k of K (authors' code): 1 - (1 - base) (cos(pi k / K) + 1) / 2, from base to 1."""
     if not 0 <= step <= total_steps or total_steps < 1:
         raise ValueError(f"expected 0 <= step <= total_steps >= 1, found {step}, {total_steps}")
     return 1 - (1 - base) * (math.cos(math.pi * step / total_steps) + 1) / 2
@@ -372,17 +337,13 @@ def momentum_at(step, total_steps, base=0.99):
 
 @torch.no_grad()
 def ema_update(online, momentum, m):
-    """p' <- m p' + (1 - m) p for the parameters of two equal modules; BatchNorm's buffers stay.
-
-    Raises ValueError unless 0 <= m <= 1.
-    """
+    """p' <- m p' + (1 - m) p for the parameters of two equal modules; BatchNorm's buffers stay."""
     if not 0 <= m <= 1:
         raise ValueError(f"expected m in [0, 1], found {m}")
     for p, p_prime in zip(online.parameters(), momentum.parameters(), strict=True):
         p_prime.lerp_(p, 1 - m)
 
 
-# ------------------------------------ PixPro ------------------------------------
 class Output(NamedTuple):
     """What PixPro.forward returns: scalars, of which only the loss has a gradient."""
 
@@ -394,8 +355,7 @@ class Output(NamedTuple):
 
 def feature_spread(x):
     """Standard deviation of the unit vectors x_i / |x_i|, times sqrt(C): [N, C, H, W] -> scalar."""
-    unit = F.normalize(x.float(), dim=1)
-    deviation = unit.std((0, 2, 3), correction=0)  # [N, C, H, W] -> [C]
+    deviation = F.normalize(x.float(), dim=1).std((0, 2, 3), correction=0)  # [C]
     return deviation.mean() * math.sqrt(len(deviation))
 
 
@@ -403,13 +363,11 @@ class PixPro(nn.Module):
     """The model that is pre-trained. A minimal training loop:
 
         model = PixPro(Backbone("resnet50"))
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        matrices = {"params": [p for p in parameters if p.dim() > 1]}
-        vectors = {"params": [p for p in parameters if p.dim() == 1]}
+        matrices = {"params": [p for p in model.parameters() if p.requires_grad and p.dim() > 1]}
+        vectors = {"params": [p for p in model.parameters() if p.requires_grad and p.dim() == 1]}
         optimizer = torch.optim.AdamW([matrices, vectors])
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, [1e-3, 1e-1], total_steps, pct_start=0.25, cycle_momentum=False
-        )
+        rates = {"max_lr": [1e-3, 1e-1], "total_steps": total_steps, "pct_start": 0.25}
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, **rates, cycle_momentum=False)
         for step, (view_1, view_2, box_1, box_2) in enumerate(loader):  # a dataset with TwoViews
             model.update_momentum(momentum_at(step, total_steps))
             loss = model(view_1, view_2, box_1, box_2).loss
@@ -419,10 +377,9 @@ class PixPro(nn.Module):
             schedule.step()
 
     backbone: an nn.Module with `out_channels` that returns a map [N, out_channels, H, W], or a
-    dict of such maps from fine to coarse. The loss is then the mean over the maps, which share
-    projector, PPM and T (Sec. 3.3); the instance-level loss uses the coarsest.
-    objective: "pixpro" (Eq. 5) or "pixcontrast" (Eq. 2, no PPM). dim is C; for the others see the
-    table above. Raises ValueError for another objective, and for gamma and num_layers out of range.
+    dict of them from fine to coarse: then the loss is the mean over them, with the same projector,
+    PPM and T (Sec. 3.3), and the instance-level loss uses the coarsest. objective: "pixpro" (Eq. 5)
+    or "pixcontrast" (Eq. 2, no PPM); another one raises ValueError. dim: C.
     """
 
     def __init__(
@@ -444,14 +401,12 @@ class PixPro(nn.Module):
         self.instance_weight = instance_weight
         self.objective = objective
         self.temperature = temperature
-
         self.backbone = backbone
         self.projector = projection_head(backbone.out_channels, hidden_dim, dim)
         if objective == "pixpro":
             self.propagation = PixelPropagation(dim, gamma, num_layers)
         self.momentum_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
-
         if instance_weight:
             self.instance_projector = projection_head(backbone.out_channels, hidden_dim, dim)
             self.instance_predictor = projection_head(dim, hidden_dim, dim)
@@ -459,7 +414,7 @@ class PixPro(nn.Module):
             self.momentum_instance_projector.requires_grad_(False)
 
     def update_momentum(self, m):
-        """Moves the momentum encoder a little towards the online encoder; call it in each step."""
+        """Moves the momentum encoder towards the online encoder; call it before each forward."""
         ema_update(self.backbone, self.momentum_backbone, m)
         ema_update(self.projector, self.momentum_projector, m)
         if self.instance_weight:
@@ -483,9 +438,8 @@ class PixPro(nn.Module):
         for map_1, map_2, map_prime_1, map_prime_2 in levels:
             x_1 = self.projector(map_1)  # [N, dim, H, W]
             x_2 = self.projector(map_2)
-            with torch.no_grad():
-                x_prime_1 = self.momentum_projector(map_prime_1)
-                x_prime_2 = self.momentum_projector(map_prime_2)
+            x_prime_1 = self.momentum_projector(map_prime_1)  # no gradient: frozen weights
+            x_prime_2 = self.momentum_projector(map_prime_2)
             outputs.append(self.pixel_level(x_1, x_2, x_prime_1, x_prime_2, box_1, box_2))
         mean = Output(*[torch.stack(field).mean() for field in zip(*outputs)])  # over the levels
 
@@ -509,8 +463,7 @@ class PixPro(nn.Module):
             loss_1 = consistency_loss(y_1, x_prime_2, A_12)  # Eq. 5
             loss_2 = consistency_loss(y_2, x_prime_1, A_21)
 
-        # Figures for the log
-        with torch.no_grad():
+        with torch.no_grad():  # for the log
             similarity_1 = -consistency_loss(x_1, x_prime_2, A_12)
             similarity_2 = -consistency_loss(x_2, x_prime_1, A_21)
             similarity = (similarity_1 + similarity_2) / 2
@@ -522,7 +475,6 @@ class PixPro(nn.Module):
         """L_inst of Eq. 6 in both directions; maps [N, out_channels, H, W] of both encoders."""
         p_1 = self.instance_predictor(self.instance_projector(map_1)).mean((2, 3))  # [N, dim]
         p_2 = self.instance_predictor(self.instance_projector(map_2)).mean((2, 3))
-        with torch.no_grad():
-            z_prime_1 = self.momentum_instance_projector(map_prime_1).mean((2, 3))  # [N, dim]
-            z_prime_2 = self.momentum_instance_projector(map_prime_2).mean((2, 3))
+        z_prime_1 = self.momentum_instance_projector(map_prime_1).mean((2, 3))  # [N, dim]
+        z_prime_2 = self.momentum_instance_projector(map_prime_2).mean((2, 3))
         return instance_loss(p_1, z_prime_2) + instance_loss(p_2, z_prime_1)
