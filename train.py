@@ -31,17 +31,7 @@ from torchvision.utils import save_image
 from pixpro import MEAN, STD, Backbone, Heads, Output, PixPro, TwoViews, momentum_at
 
 # ------------------------------------ Recipes and flags ------------------------------------
-# The type of a flag is that of the demo's value. Numbers are > 0, or named in MAY_BE_0 below.
-MODEL = {  # argument of PixPro: (value in recipe demo, value in recipe paper, meaning)
-    "hidden_dim": (2048, 2048, "width of the projection heads"),
-    "gamma": (2.0, 2.0, "exponent of the similarity in Eq. 4"),
-    "num_layers": (1, 1, "layers of g in Eq. 3"),
-    "threshold": (0.7, 0.7, "T of Eq. 1"),
-    "instance_weight": (0.0, 0.0, "alpha of Eq. 6"),
-    "objective": ("pixpro", "pixpro", "pixpro (Eq. 5) or pixcontrast (Eq. 2)"),
-    "temperature": (0.3, 0.3, "tau of Eq. 2"),
-}
-RECIPES = {  # flag: (value in recipe demo, value in recipe paper, meaning)
+RECIPES = {  # flag, of the type of its demo value: (demo, paper, meaning)
     "arch": ("resnet18", "resnet50", "classification network of torchvision"),
     "layer": ("layer3", "layer4", "its layer whose output is the feature map"),
     "size": (112, 224, "side of the views in pixels"),
@@ -50,8 +40,15 @@ RECIPES = {  # flag: (value in recipe demo, value in recipe paper, meaning)
     "warmup_epochs": (5.0, 5.0, "length of the warm-up, at most a quarter of the run"),
     "lr": (4.0, None, "peak learning rate; None is batch / 256"),
     "loss_scale": (2.0, 2.0, "factor of the loss: the authors' rates belong to 2 x Eq. 5"),
-    **MODEL,
+    "hidden_dim": (2048, 2048, "width of the projection heads"),
+    "gamma": (2.0, 2.0, "exponent of the similarity in Eq. 4"),
+    "num_layers": (1, 1, "layers of g in Eq. 3"),
+    "threshold": (0.7, 0.7, "T of Eq. 1"),
+    "instance_weight": (0.0, 0.0, "alpha of Eq. 6"),
+    "objective": ("pixpro", "pixpro", "pixpro (Eq. 5) or pixcontrast (Eq. 2)"),
+    "temperature": (0.3, 0.3, "tau of Eq. 2"),
 }
+MODEL = list(RECIPES)[list(RECIPES).index("hidden_dim") :]  # the arguments of PixPro
 DEMO = {name: demo for name, (demo, _, _) in RECIPES.items()}
 PAPER = {name: paper for name, (_, paper, _) in RECIPES.items()}
 
@@ -89,14 +86,13 @@ def parse(argv):
     # The first reading finds the recipe, the second fills in its values.
     args = parser.parse_args(argv)
     recipe = args.recipe or ("demo" if args.data is None else "paper")
-    values = DEMO if recipe == "demo" else PAPER
-    parser.set_defaults(recipe=recipe, out=Path("runs", recipe), **values)
+    parser.set_defaults(recipe=recipe, out=Path("runs", recipe))
+    parser.set_defaults(**(DEMO if recipe == "demo" else PAPER))
     args = parser.parse_args(argv)
-
     for name, value in vars(args).items():
         lowest = ">= 0" if name in MAY_BE_0 else "> 0"
-        is_number = type(value) in (int, float)
-        if is_number and not (0 < value < math.inf or (value == 0 and name in MAY_BE_0)):
+        in_range = type(value) not in (int, float) or 0 < value < math.inf
+        if not in_range and not (value == 0 and name in MAY_BE_0):
             parser.error(f"expected --{name.replace('_', '-')} {lowest}, found {value}")
     return args
 
@@ -113,12 +109,10 @@ def lr_at(step, total_steps, warmup_steps, peak, floor=1e-6):
 class LARS(torch.optim.Optimizer):
     """SGD with momentum and a rate for each layer (arXiv 1708.03888), as in the authors' code.
 
-    g <- g + weight_decay p
-    g <- g trust_coefficient |p| / (|g| + eps), if |p| > 0
-    v <- momentum v + g
-    p <- p - lr v
+    g <- g + weight_decay p;  g <- g trust_coefficient |p| / (|g| + eps), if |p| > 0
+    v <- momentum v + g;  p <- p - lr v
 
-    One-dimensional parameters (biases and norms) skip the first two lines. g is changed in place.
+    Biases and norms, which are one-dimensional, skip the first line. g is changed in place.
     """
 
     def __init__(
@@ -129,28 +123,22 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-
+        with torch.enable_grad():
+            loss = closure() if closure else None
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None:
-                    self.update(p, p.grad, **group)
+                if p.grad is None:
+                    continue
+                g = p.grad
+                if p.dim() > 1:
+                    g.add_(p, alpha=group["weight_decay"])
+                    scale = group["trust_coefficient"] * p.norm() / (g.norm() + group["eps"])
+                    g.mul_(torch.where(scale > 0, scale, 1.0))
+                if "v" not in self.state[p]:
+                    self.state[p]["v"] = torch.zeros_like(p)
+                v = self.state[p]["v"].mul_(group["momentum"]).add_(g)
+                p.sub_(v, alpha=group["lr"])
         return loss
-
-    def update(self, p, g, lr, momentum, weight_decay, trust_coefficient, eps, **_):
-        if p.dim() > 1:
-            g.add_(p, alpha=weight_decay)
-            scale = trust_coefficient * p.norm() / (g.norm() + eps)
-            g.mul_(torch.where(scale > 0, scale, 1.0))
-
-        state = self.state[p]
-        if "v" not in state:
-            state["v"] = torch.zeros_like(p)
-        v = state["v"].mul_(momentum).add_(g)
-        p.sub_(v, alpha=lr)
 
 
 # ------------------------------------ Data ------------------------------------
@@ -206,7 +194,6 @@ class Samples:
                 self.epoch = epoch
                 rng = np.random.default_rng([self.seed, epoch])
                 self.order = rng.permutation(len(self.images))
-
             image = self.images[self.order[place]]
             try:
                 image = load_image(image) if isinstance(image, str) else image
@@ -277,11 +264,7 @@ def resume(out, settings, parts):
             old = dict(checkpoint["settings"])
         except Exception as error:  # of another program, damaged, or with code, which is not run
             refuse(f"expected a checkpoint of train.py, found {path} ({type(error).__name__})")
-        changes = [
-            f"{name} was {old.get(name)}, is {value}"
-            for name, value in settings.items()
-            if old.get(name) != value
-        ]
+        changes = [f"{k} was {old.get(k)}, is {v}" for k, v in settings.items() if old.get(k) != v]
         if changes:
             refuse(f"{path} has other settings: {'; '.join(changes)}; keep them or change --out")
         for name, part in parts.items():
@@ -423,16 +406,16 @@ def main(argv=None):
 
 def print_progress(args, step, values, speed):
     """One line of the log, redrawn in place on a terminal. speed: steps per second."""
-    figures = [f"{name} {value:.4g}" for name, value in values.items()]
-    line = "  ".join([f"step {step}/{args.steps}", *figures])
-    line += f"  {speed * args.batch:.0f} images/s  {(args.steps - step) / speed / 60:.1f} min left"
+    figures = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+    minutes = (args.steps - step) / speed / 60
+    line = f"step {step}/{args.steps}  {figures}  {speed * args.batch:.0f} images/s"
+    line += f"  {minutes:.1f} min left"
     if values["spread"] < 0.4 and step > args.warmup_steps:  # healthy runs stay above
         line = f"warning: low spread, the features may have collapsed; {line}"
-    end = "\n"
-    if sys.stdout.isatty():
+    live = sys.stdout.isatty()
+    if live:
         line = "\r\033[K" + line[: os.get_terminal_size().columns - 1]
-        end = "\n" if step == args.steps else ""
-    print(line, end=end, flush=True)
+    print(line, end="" if live and step < args.steps else "\n", flush=True)
 
 
 def auto_amp(device):
@@ -492,8 +475,8 @@ def with_blocks_on(backbone):
 def linear_probe(backbone, scenes, held_out):
     """Mean IoU in percent of a 1x1 convolution on frozen features, fitted by ridge regression.
 
-    scenes, held_out: images uint8 [N, 3, h, w] and masks [N, h, w], to fit and to test at full
-    resolution. The mean is over the classes that are present or predicted.
+    scenes, held_out: images uint8 [N, 3, h, w] and masks [N, h, w]. The mean is over the classes
+    that are present or predicted, at full resolution.
     """
     # Features with a channel of ones, whose weight is the bias
     x, test = [
@@ -523,8 +506,7 @@ def linear_probe(backbone, scenes, held_out):
 
 
 def save_picture(path, images, *backbones):
-    """Images uint8 [N, 3, h, w], and below them each backbone's maps, coloured by three principal
-    components."""
+    """Images uint8 [N, 3, h, w]; below them backbones' maps, three principal components as RGB."""
     rows = [images / 255]
     for backbone in backbones:
         maps = frozen_features(backbone, images).cpu().permute(0, 2, 3, 1)  # [N, H, W, C]
