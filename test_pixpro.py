@@ -3084,7 +3084,7 @@ def test_train_in_bf16_and_fp16(photographs, tmp_path):
 
 
 # ------------------------------------ The README ------------------------------------
-README = (HERE / "README.md").read_text()
+README = (HERE / "README.md").read_text("utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -3276,7 +3276,7 @@ def without(source, slow):
 
 def student_version(words):
     """{file: its text} of the files that differ where these exercises are open."""
-    texts = {name: (HERE / name).read_text() for name in HANDED_OUT[:3]}
+    texts = {name: (HERE / name).read_text("utf-8") for name in HANDED_OUT[:3]}
     for word in words:
         exercise = EXERCISES[word]
         message = f"{exercise.place}, chapter {exercise.chapter} of tutorial.ipynb; "
@@ -3299,7 +3299,7 @@ def hand_out(words, folder):
     texts = student_version(words)
     for name in HANDED_OUT:
         if name in texts:
-            (folder / name).write_text(texts[name])
+            (folder / name).write_text(texts[name], "utf-8")
         elif (HERE / name).is_dir():
             shutil.copytree(HERE / name, folder / name)
         else:
@@ -3312,7 +3312,7 @@ def hand_out(words, folder):
 def grade(file):
     """Prints for each exercise whether this pixpro.py or train.py passes the tests here."""
     try:
-        source = Path(file).read_text()
+        source = Path(file).read_text("utf-8")
         tree = ast.parse(source)
     except (OSError, SyntaxError, UnicodeDecodeError) as error:
         sys.exit(f"expected a file of Python that can be read, found {file}: {error}")
@@ -3321,7 +3321,7 @@ def grade(file):
     with tempfile.TemporaryDirectory() as folder:
         for other in (*HANDED_OUT[:3], "README.md"):
             shutil.copy(HERE / other, folder)
-        (Path(folder) / name).write_text(source)
+        (Path(folder) / name).write_text(source, "utf-8")
         tests = " or ".join(EXERCISES[word].tests for word in words)
         command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider"]
         try:
@@ -3342,7 +3342,11 @@ def grade(file):
         exercise = EXERCISES[word]
         is_open = [name for name in exercise.functions.split() if is_unwritten(find(tree, name))]
         own = [f for f in failures if any(w in f[0] for w in exercise.tests.split(" or "))]
-        verdict = "passed" if not own else f"failed  {own[0][0]}: {own[0][1]}"
+        verdict = "passed"
+        if own:
+            test, message = own[0]
+            message = message.removeprefix("Failed: ").removeprefix("AssertionError: ")
+            verdict = f"failed  {test}: {message}"
         print(f"{word:9} {'open' if is_open else verdict}")
 
 
@@ -3394,14 +3398,14 @@ def test_handing_out_and_grading(tmp_path, capsys):
     grade(folder / "train.py")
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "lars      open"
-    failed = "schedule  failed  test_schedule_warm_up_by_hand: Failed: The rate at step 5 of 10"
+    failed = "schedule  failed  test_schedule_warm_up_by_hand: The rate at step 5 of 10"
     assert printed[1].startswith(failed) and "the warm-up ends above the peak" in printed[1]
     with pytest.raises(SystemExit, match="a file of Python"):
         grade(tmp_path / "nothing.py")
 
 
 def test_pages_name_the_exercises_as_the_table_does():
-    tutorial = json.loads((HERE / "tutorial.ipynb").read_text())
+    tutorial = json.loads((HERE / "tutorial.ipynb").read_text("utf-8"))
     chapters = re.split(r"\n## (?=\d)", "\n".join("".join(c["source"]) for c in tutorial["cells"]))
     commands = {f"`{exercise.command()}`" for exercise in EXERCISES.values()}
     for page in (README, *chapters):
