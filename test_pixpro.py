@@ -2924,6 +2924,24 @@ def test_train_probe_is_the_mean_over_the_classes_that_are_present_or_predicted(
         assert train.linear_probe(Revealed(), fitted, tested) == pytest.approx(77.5)
 
 
+def test_train_probe_takes_any_classes_and_ignores_a_label():
+    scenes = train.Scenes(16, size=48)
+    images, masks = scenes.images, scenes.masks % 3
+    ignored = torch.zeros_like(masks, dtype=torch.bool)
+    ignored[:, 8:24, :16] = True  # whole cells of 4 x 4 pixels
+    # What they show in the fit changes nothing, and neither does the label's number.
+    results = []
+    for label in (255, 7):
+        test = types.SimpleNamespace(images=images, masks=masks.masked_fill(ignored, label))
+        for shown in (images, images.masked_fill(ignored[:, None], 255)):
+            fit = types.SimpleNamespace(images=shown, masks=test.masks)
+            results.append(train.linear_probe(Colour(), fit, test, ignore=label))
+    assert len(set(results)) == 1
+    # In the test nothing can be recognised there, and still all of the three classes is found.
+    some = revealed(masks.masked_fill(ignored, 255))
+    assert train.linear_probe(Revealed(), some, some) == pytest.approx(100)
+
+
 def test_train_probe_leaves_the_backbone_as_it_was():
     backbone = Backbone("resnet18", "layer1")
     backbone.body.bn1.eval()  # frozen by somebody

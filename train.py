@@ -152,9 +152,8 @@ def find_images(folder, out):
         for name in files:
             if name[0] != "." and name.lower().endswith((*IMG_EXTENSIONS, ".gif")):
                 paths.append(os.path.join(place, name))
-    return np.array(
-        sorted(paths)
-    )  # forked workers share an array; each would copy a list of strings
+    # Forked workers share an array; each would copy a list of strings.
+    return np.array(sorted(paths))
 
 
 def load_image(path):
@@ -472,11 +471,12 @@ def with_blocks_on(backbone):
     return backbone
 
 
-def linear_probe(backbone, scenes, held_out):
+def linear_probe(backbone, scenes, held_out, ignore=255):
     """Mean IoU in percent of a 1x1 convolution on frozen features, fitted by ridge regression.
 
-    scenes, held_out: images uint8 [N, 3, h, w] and masks [N, h, w]. The mean is over the classes
-    that are present or predicted, at full resolution.
+    scenes, held_out: images uint8 [N, 3, h, w] and masks [N, h, w] of the classes 0 to K - 1.
+    Pixels of the label `ignore` count neither in the fit nor in the test. The mean is over the
+    classes that are present or predicted, at full resolution.
     """
     # Features with a channel of ones, whose weight is the bias
     x, test = [
@@ -484,22 +484,25 @@ def linear_probe(backbone, scenes, held_out):
         for images in (scenes.images, held_out.images)
     ]  # [N, C + 1, H, W] each
 
-    # Regression of each class's share of a cell
-    masks = F.one_hot(scenes.masks, len(CLASSES)).permute(0, 3, 1, 2).float()  # [N, 8, h, w]
-    shares = F.adaptive_avg_pool2d(masks, x.shape[2:]).to(x.device)  # [N, 8, H, W]
+    # Regression of each class's share of a cell. A cell weighs as much as it has counted pixels.
+    counted = scenes.masks != ignore  # [N, h, w]
+    classes = range(int(scenes.masks[counted].max()) + 1)
+    masks = torch.stack([counted, *[scenes.masks == number for number in classes]], 1).float()
+    shares = F.adaptive_avg_pool2d(masks, x.shape[2:]).to(x.device)  # [N, 1 + K, H, W]
     x = x.transpose(0, 1).flatten(1)  # [N, C + 1, H, W] -> [C + 1, NHW]
-    shares = shares.transpose(0, 1).flatten(1)  # [N, 8, H, W] -> [8, NHW]
-    gram = x @ x.T  # [C + 1, C + 1]
+    shares = shares.transpose(0, 1).flatten(1)  # [N, 1 + K, H, W] -> [1 + K, NHW]
+    gram = (x * shares[0]) @ x.T  # [C + 1, C + 1]
     gram.diagonal().mul_(1.0001).add_(1e-6)  # ridge: 0.01%, and 1e-6 for channels of zeros
-    weight = torch.linalg.solve(gram, x @ shares.T).T  # [C + 1, 8] -> [8, C + 1]
+    weight = torch.linalg.solve(gram, x @ shares[1:].T).T  # [C + 1, K] -> [K, C + 1]
 
-    logits = F.conv2d(test, weight[:, :, None, None])  # [N, C + 1, H, W] -> [N, 8, H, W]
-    logits = F.interpolate(logits, held_out.masks.shape[1:], mode="bilinear")  # [N, 8, h, w]
+    logits = F.conv2d(test, weight[:, :, None, None])  # [N, C + 1, H, W] -> [N, K, H, W]
+    logits = F.interpolate(logits, held_out.masks.shape[1:], mode="bilinear")  # [N, K, h, w]
     predicted = logits.argmax(1).cpu()  # [N, h, w]
 
     ious = []
-    for number in range(len(CLASSES)):
-        found = predicted == number
+    counted = held_out.masks != ignore
+    for number in classes:
+        found = (predicted == number) & counted
         true = held_out.masks == number
         ious.append((found & true).sum() / (found | true).sum())
     return 100 * torch.stack(ious).nanmean().item()
