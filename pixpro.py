@@ -73,7 +73,10 @@ class TwoViews:
         return self.colour_1(view_1), self.colour_2(view_2), box_1, box_2
 
     def crop(self, image):
-        """A random crop, resized, mirrored half of the time: [3, h, w] -> [3, size, size], [4]."""
+        """A random crop, resized, mirrored half of the time: [3, h, w] -> [3, size, size], [4].
+
+        Drawn as by v2.RandomResizedCrop. The view is uint8, the box float32.
+        """
         crop = v2.RandomResizedCrop.get_params(image, self.scale, ratio=(3 / 4, 4 / 3))
         view = v2.functional.resized_crop(image, *crop, [self.size, self.size])  # [3, size, size]
         top, left, height, width = crop
@@ -135,9 +138,7 @@ def positive_pairs(box_1, box_2, size, threshold=0.7):
     ValueError for boxes of other shapes and for T < 0.
     """
     if box_1.shape != box_2.shape or box_1.dim() != 2 or box_1.shape[1] != 4:
-        raise ValueError(
-            f"expected boxes [N, 4], found {list(box_1.shape)} and {list(box_2.shape)}"
-        )
+        raise ValueError(f"expected boxes [N, 4], found {list(box_1.shape)}, {list(box_2.shape)}")
     if not threshold >= 0:
         raise ValueError(f"expected threshold >= 0, found {threshold}")
     centres_1, diagonal_1 = bin_centres(box_1, size)
@@ -170,7 +171,7 @@ def pixcontrast_loss(x, x_prime, positives, temperature=0.3):
     j: the pixels of the other view of the same image; P: those that Eq. 1 makes positive for i.
     Mean over the pixels i with a positive, then over the images with such pixels; 0 without any.
     x, x_prime: [N, C, H, W], no gradient into x_prime. positives: bool [N, HW, HW]. Returns a
-    scalar >= 0. Raises ValueError or TypeError for inputs that do not fit, or temperature <= 0.
+    scalar >= 0, differentiable also if 0. Raises ValueError or TypeError for other inputs.
     """
     check_maps(x, x_prime, positives)
     if not temperature > 0:
@@ -204,9 +205,7 @@ def mean_over_images(value, mask):
 def check_maps(x, x_prime, positives):
     """Raises an error unless x, x_prime are maps [N, C, H, W] and positives bool [N, HW, HW]."""
     if not x.dim() == x_prime.dim() == 4 or x.shape[:2] != x_prime.shape[:2]:
-        raise ValueError(
-            f"expected maps [N, C, H, W], found {list(x.shape)}, {list(x_prime.shape)}"
-        )
+        raise ValueError(f"expected [N, C, H, W], found {list(x.shape)}, {list(x_prime.shape)}")
     pairs = [len(x), x.shape[2:].numel(), x_prime.shape[2:].numel()]  # [N, HW, HW]
     if list(positives.shape) != pairs:
         raise ValueError(f"expected positives {pairs} for the maps, found {list(positives.shape)}")
@@ -252,7 +251,7 @@ def consistency_loss(y, x_prime, positives):
 
     Mean over an image's positive pairs (i, j), then over the images with any; 0 without any.
     y, x_prime: [N, C, H, W], no gradient into x_prime. positives: bool [N, HW, HW]. Returns a
-    scalar in [-1, 1]. Raises ValueError or TypeError for inputs that do not fit.
+    scalar in [-1, 1], differentiable also if 0. Raises ValueError or TypeError for other inputs.
     """
     check_maps(y, x_prime, positives)
     return -mean_over_images(pixel_cosine(y, x_prime.detach()), positives)  # Eq. 5
@@ -261,7 +260,7 @@ def consistency_loss(y, x_prime, positives):
 def instance_loss(p, z_prime):
     """L_inst of Eq. 6, from one view to the other: -cos(p, z'), mean over the images, no negatives.
 
-    p: [N, C], the online prediction; z_prime: [N, C], the momentum projection, without gradient.
+    p: [N, C], the online prediction; z_prime: [N, C], the momentum projection, no gradient into it.
     Returns a scalar in [-1, 1]. Raises ValueError for other shapes.
     """
     if p.dim() != 2 or p.shape != z_prime.shape:

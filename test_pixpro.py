@@ -8,8 +8,8 @@ Grade: one command for each exercise, whatever state the others are in.
     pytest -k eq5 -x                            Eq. 5; the first failure says what is wrong
     pytest -k "eq3 or eq4" -x                   Eq. 3 and 4, which share one forward
 
-The other words are eq1 eq2 eq6 momentum views lars schedule. `train` selects the training runs;
-tests without any of these words are about the whole.
+The other words are eq1 bins eq2 eq6 momentum views lars schedule. `train` selects the training
+runs; tests without any of these words are about the whole.
 
 Hand out and take back:
 
@@ -321,6 +321,8 @@ EQ1_MISTAKES = {
     0.777840: "dx and dy are divided by width and height one by one",  # 1.100032 / sqrt(2)
     1.081665: "the bins' corners are taken, not their centres: c + 1/2",  # (0, 0) to (4.5, 3)
     0.538516: "the bins' far corners are taken, not their centres: c + 1/2",  # (4, 3), (6.5, 4)
+    0.984886: "the half bin is missing in x: c + 1/2",  # (0, 1.5) to (4.5, 3.5)
+    0.921954: "the half bin is missing in y: r + 1/2",  # (2, 0) to (5.5, 3)
     1.431782: "the centres run from edge to edge, W - 1 bins apart",  # (0, 0) to (6.5, 3)
     0.640312: "the result is transposed: rows belong to view 1",  # hypot(2.5, 2) / 5
     0.373661: "H and W, or x and y, are exchanged",  # hypot(0.5, 3) / hypot(8, 1.5)
@@ -343,21 +345,19 @@ def test_eq1_distance_by_hand():
 
 
 def test_eq1_distance_must_be_small():
-    # Equal boxes: each bin lies on itself, at distance 0, and is positive for every T.
+    # Equal boxes: each bin lies on itself, at distance 0, and is positive for every T, also for 0.
     box = random_boxes(1, seed=3)
-    check_partners(
-        "Equal boxes, T = 0.3",
-        positive_pairs(box, box, (2, 3), 0.3)[0],
-        "0 1 2 3 4 5",
-        {
-            "- - - - - -": "> instead of <=, or distances that are never 0",
-            "0 1 2 3 4 -": "bin (row, column) has number row * W + column",
-            "1+2+3+4+5 0+2+3+4+5 0+1+3+4+5 0+1+2+4+5 0+1+2+3+5 0+1+2+3+4": ">= instead of <=",
-        },
-    )
+    mistakes = {
+        "- - - - - -": "> or < instead of <=, or distances that are never 0",
+        "0 1 2 3 4 -": "bin (row, column) has number row * W + column",
+        "1+2+3+4+5 0+2+3+4+5 0+1+3+4+5 0+1+2+4+5 0+1+2+3+5 0+1+2+3+4": ">= instead of <=",
+    }
+    for T in (0.3, 0):
+        A = positive_pairs(box, box, (2, 3), T)
+        check_partners(f"Equal boxes, T = {T}", A[0], "0 1 2 3 4 5", mistakes)
 
 
-def test_eq1_bins_are_numbered_row_by_row():
+def test_eq1_numbers_run_row_by_row():
     # Bins of 4 x 3. View 2 lies one bin (4 units) to the right: bin (row, c) of view 1 is bin
     # (row, c - 1) of view 2, and column 0 has no partner.
     #
@@ -435,27 +435,6 @@ def test_eq1_unit_and_origin_do_not_matter():
     check_same_pairs("Boxes from another origin (plus 50)", moved, A)
 
 
-def test_eq1_bin_centres_by_hand():
-    # bin_centres, which positive_pairs may use: 2 rows and 3 columns of bins of 4 x 3.
-    centres, diagonal = pixpro.bin_centres(tensor([0, 0, 12, 6]), (2, 3))
-    check_form("centres of one box", centres, [1, 6, 2])
-    check_form("diagonal of one box", diagonal, [1, 1])
-    mistakes = {
-        (0, 0): "these are corners: the centre of bin c is at c + 1/2",
-        (1.5, 2): "x and y are exchanged: a centre is (x, y)",
-        (3, 1): "H and W are exchanged: x runs over W columns",
-    }
-    check_value("The centre of bin 0", centres[0, 0], [2, 1.5], mistakes)
-    mistakes = {(2, 4.5): "the bins are numbered column by column"}
-    check_value("The centre of bin 1", centres[0, 1], [6, 1.5], mistakes)
-    check_value("The centre of bin 5, the last", centres[0, 5], [10, 4.5])
-    check_value("A bin's diagonal", diagonal, 5, {13.416408: "it is the crop's, not a bin's"})
-    # A second, mirrored box: x runs from 16 down to 4.
-    centres, diagonal = pixpro.bin_centres(tensor([0, 0, 12, 6], [16, 0, 4, 6]), (2, 3))
-    check_value("Bin 0 of a mirrored box from x = 16 to x = 4", centres[1, 0], [14, 1.5])
-    check_value("The diagonal of a mirrored bin", diagonal[1], 5)
-
-
 AUTHORS_BOX_1 = [[0.1, 0.2, 0.7, 0.9], [0, 0, 1, 1], [0.8, 0.1, 0.3, 0.6], [0.05, 0.05, 0.2, 0.2]]
 AUTHORS_BOX_2 = [[0.3, 0.1, 0.9, 0.8], [0.25, 0.25, 0.75, 0.75], [0.2, 0.2, 0.9, 0.7]]
 AUTHORS_BOX_2 += [[0.7, 0.7, 0.95, 0.95]]
@@ -473,6 +452,49 @@ def test_eq1_equals_loops(size, threshold):
     box_1, box_2 = random_boxes(6, seed=1), random_boxes(6, seed=2)
     expected = slow_positive_pairs(box_1, box_2, size, threshold)
     check_same_pairs("Loops", positive_pairs(box_1, box_2, size, threshold), expected)
+
+
+# bin_centres, of which positive_pairs is made.
+def test_bins_form():
+    centres, diagonal = pixpro.bin_centres(random_boxes(4, seed=1), (2, 3))
+    check_form("The centres of 2 x 3 bins of 4 boxes", centres, [4, 6, 2])
+    check_form("The diagonals of 4 boxes", diagonal, [4, 1])
+
+
+def test_bins_centres_by_hand():
+    # 2 rows and 3 columns of bins of 4 x 3; then a mirrored box, whose x runs from 16 down to 4.
+    centres, _ = pixpro.bin_centres(tensor([0, 0, 12, 6], [16, 0, 4, 6]), (2, 3))
+    mistakes = {
+        (0, 0): "these are corners: the centre of bin c is at c + 1/2",
+        (0, 1.5): "the half bin is missing in x: c + 1/2",
+        (2, 0): "the half bin is missing in y: r + 1/2",
+        (4, 3): "these are far corners: the centre of bin c is at c + 1/2",
+        (1.5, 2): "x and y are exchanged: a centre is (x, y)",
+        (3, 1): "H and W are exchanged: x runs over W columns",
+    }
+    check_value("The centre of bin 0", centres[0, 0], (2, 1.5), mistakes)
+    mistakes = {(2, 4.5): "the bins are numbered column by column"}
+    check_value("The centre of bin 1", centres[0, 1], (6, 1.5), mistakes)
+    check_value("The centre of bin 5, the last", centres[0, 5], (10, 4.5))
+    mistakes = {
+        (6, 1.5): "the mirror is ignored: from x0 to x1 the columns run leftward",
+        (18, 1.5): "the bins lie beyond x0: the width must stay negative",
+        (2, 1.5): "all images take the first box",
+    }
+    check_value("Bin 0 of a box from x = 16 to x = 4", centres[1, 0], (14, 1.5), mistakes)
+
+
+def test_bins_diagonal_by_hand():
+    # hypot(4, 3)
+    _, diagonal = pixpro.bin_centres(tensor([0, 0, 12, 6], [16, 0, 4, 6]), (2, 3))
+    mistakes = {
+        13.416408: "it is the box's, not a bin's",  # hypot(12, 6)
+        6.324555: "H and W are exchanged: a bin is width / W wide",  # hypot(6, 2)
+        7: "it is width + height, not the root of the squares",
+        25: "the root is missing",
+    }
+    check_value("A bin's diagonal", diagonal[0], 5, mistakes)
+    check_value("A mirrored bin's diagonal", diagonal[1], 5, {-5: "it has the width's sign"})
 
 
 # ------------------------------------ Eq. 2 ------------------------------------
@@ -649,6 +671,8 @@ EQ3_MISTAKES = {
     (0.868328, 1.157771): "|cos| is taken, not max(cos, 0), and gamma is ignored",  # sum |c| g
     (2.536656, 0.715542): "s is multiplied by gamma, not raised to it",  # sum gamma max(c, 0) g
     (0.688978, 0.441264): "a softmax over j is taken; Eq. 3 is a plain sum",  # sum softmax_j(c) g
+    (0.838844, 0.272736): "a softmax over j is taken; Eq. 3 is a plain sum",  # of 2 c
+    (43.2, 3.6): NOT_COSINES,  # sum max(x_i . x_j / sqrt(2), 0)^2 g
     (0.581028, 0.465677): "a softmax over j is taken; Eq. 3 is a plain sum",  # sum softmax_j(s) g
     (
         0.933333,
@@ -878,9 +902,9 @@ EQ5_MISTAKES = {
     -0.762843: MEAN_OF_ALL,  # sum of all P / 5
     -0.501579: "images without positive pairs count in the mean",  # (0.804738 + 0.7 + 0) / 3
     -0.804738: "only the first image counts",  # 0.804738
-    -0.476777: "divided by the number of all pairs, not of the positive ones",  # sum_P c / 4
-    -0.317851: "divided by the number of all pairs, not of the positive ones",  # three images
-    -0.953553: "divided by the number of pixels, not of positive pairs",  # sum_P c / 2
+    -0.476777: "the sum is divided by all pairs, not by the positive ones",  # sum_P c / 4
+    -0.317851: "the sum is divided by all pairs, not by the positive ones",  # three images
+    -0.953553: "the sum is divided by the number of pixels, not of positive pairs",  # sum_P c / 2
     -0.535110: "something is added to the number of pairs",  # sum_P c / (number + 1)
     -1.907107: "the cosines of an image are added; their mean is taken",  # sum_P c
     -3.814214: "the cosines are added; their mean is taken",  # sum over all
@@ -1196,7 +1220,9 @@ def test_views_show_what_their_boxes_bound(crops):
         mistakes = {  # boxes of the crop before x0 and x1 change places
             "x0 and x1 change places in the wrong views": (left, top, right, bottom),
             "y0 and y1 change places too": (left, bottom, right, top),
-            "x and y are exchanged: get_params gives top, left, ...": (top, left, bottom, right),
+            "x and y are exchanged: get_params begins with top": (top, left, bottom, right),
+            "x0 is overwritten before x1 takes it": (right, top, right, bottom),
+            "x1 is overwritten before x0 takes it": (left, top, left, bottom),
             "width and height are given, not the second corner": (left, top, w, h),
             "height and width are given, not the second corner": (top, left, h, w),
             "width and height are exchanged": (left, top, left + h, top + w),
@@ -1232,7 +1258,8 @@ def test_views_are_sharp(crops):
 def test_views_are_cropped_by_scale_and_ratio():
     torch.manual_seed(0)
     image = torch.zeros(3, 300, 400, dtype=torch.uint8)
-    boxes = torch.stack([TwoViews(size=8, scale=(0.2, 0.5)).crop(image)[1] for _ in range(300)])
+    views = TwoViews(size=8, scale=(0.2, 0.5))
+    boxes = torch.stack([views.crop(image)[1] for _ in range(1000)])
     left, right = boxes[:, [0, 2]].amin(1), boxes[:, [0, 2]].amax(1)
     top, bottom = boxes[:, 1], boxes[:, 3]
     inside = left.min() >= 0 and right.max() <= 400 and top.min() >= 0 and bottom.max() <= 300
@@ -1240,15 +1267,20 @@ def test_views_are_cropped_by_scale_and_ratio():
     width, height = right - left, bottom - top
     share, ratio = width * height / (300 * 400), width / height
     mirrored = int((boxes[:, 0] > boxes[:, 2]).sum())
-    # 150, and four standard deviations of 8.7 around it.
+    # 500, and four standard deviations of 16 around it.
     wanted = "Half of the views are mirrored (torch.rand(()) < 0.5)"
-    assert 115 <= mirrored <= 185, f"{wanted}; found {mirrored} of 300."
+    assert 437 <= mirrored <= 563, f"{wanted}; found {mirrored} of 1000."
     wanted = "Crops of scale (0.2, 0.5) take 20% to 50% of the image's area"
-    assert 0.19 < share.min() < 0.25, f"{wanted}; the smallest of 300 takes {share.min():.0%}."
-    assert 0.45 < share.max() < 0.51, f"{wanted}; the largest of 300 takes {share.max():.0%}."
+    assert 0.19 < share.min() < 0.25, f"{wanted}; the smallest of 1000 takes {share.min():.0%}."
+    assert 0.45 < share.max() < 0.51, f"{wanted}; the largest of 1000 takes {share.max():.0%}."
     wanted = "Width / height lies between 3/4 and 4/3"
-    assert 0.74 < ratio.min() < 0.8, f"{wanted}; the smallest of 300 is {ratio.min():.2f}."
-    assert 1.25 < ratio.max() < 1.35, f"{wanted}; the largest of 300 is {ratio.max():.2f}."
+    assert 0.74 < ratio.min() < 0.8, f"{wanted}; the smallest of 1000 is {ratio.min():.2f}."
+    assert 1.25 < ratio.max() < 1.35, f"{wanted}; the largest of 1000 is {ratio.max():.2f}."
+    # The share is uniform, mean 0.35 +- 0.0027; log ratio is, too, mean 0 +- 0.0053.
+    wanted = "All shares of the area from 20% to 50% are equally likely, mean 35%"
+    assert abs(share.mean() - 0.35) < 0.011, f"{wanted}; found {share.mean():.1%}."
+    wanted = "log(width / height) is uniform, mean 0: 3/4 is as likely as 4/3"
+    assert abs(ratio.log().mean()) < 0.021, f"{wanted}; found {ratio.log().mean():.3f}."
     spread = (left.std(), top.std())
     assert min(spread) > 20, "The crops lie at nearly the same place: draw their corner."
 
@@ -1256,6 +1288,12 @@ def test_views_are_cropped_by_scale_and_ratio():
 def pairs_of(result):
     view_1, view_2, box_1, box_2 = result
     return [(view_1, box_1), (view_2, box_2)]
+
+
+def test_views_of_the_smallest_image():
+    view, box = TwoViews(size=8).crop(torch.zeros(3, 1, 1, dtype=torch.uint8))
+    check_form("The view of an image of one pixel", view, [3, 8, 8], torch.uint8)
+    check_value("Its box, sorted: the whole image", box.sort()[0], (0, 0, 1, 1))
 
 
 def test_views_of_an_image_are_two_crops_of_the_size():
@@ -1471,6 +1509,7 @@ def test_lars_takes_a_closure():
     optimizer = train.LARS([p], lr=1.0)
 
     def closure():
+        assert torch.is_grad_enabled(), "A closure needs gradients: run it in torch.enable_grad()."
         optimizer.zero_grad()
         loss = p.square().sum()
         loss.backward()
@@ -1576,7 +1615,7 @@ SCHEDULE_MISTAKES = {
     1.05: "the cosine begins at step 0",  # 0.1 + 1.9 * (1 + cos(pi 20 / 40)) / 2
     1.5: "the floor is ignored, or is only the smallest value",  # 2 * (1 + cos(pi / 3)) / 2
     2.95: "the division by 2 is missing",  # 0.1 + 1.9 * (1 + cos(pi / 3))
-    1.721751: "divided by total_steps, warm-up included",  # 0.1 + 1.9 * (1 + cos(pi 10 / 40)) / 2
+    1.721751: "it is divided by total_steps",  # 0.1 + 1.9 * (1 + cos(pi 10 / 40)) / 2
     1.366667: "the rate falls on a straight line",  # 0.1 + 1.9 * 2 / 3
     1.6: "the floor is added to the whole cosine",  # 0.1 + 2 * (1 + cos(pi / 3)) / 2
     0.575: "a whole period is taken, or the rate rises",  # 0.1 + 1.9 * (1 - cos(pi / 3)) / 2
@@ -1584,8 +1623,8 @@ SCHEDULE_MISTAKES = {
     0.145208: "the cosine is given degrees; it takes radians",  # 0.1 + 1.9 * (1 + cos(60)) / 2
     1.745448: "a quarter of a period is taken; it is half of one",  # 0.1 + 1.9 * cos(pi / 6)
     1.436400: "steps are counted from 1",  # 0.1 + 1.9 * (1 + cos(pi 11 / 30)) / 2
-    1.494988: "divided by total - warmup - 1",  # 0.1 + 1.9 * (1 + cos(pi 10 / 29)) / 2
-    1.050001: "1 + cos is cos",  # 0.1 + 1.9 * cos(pi / 3)
+    1.494988: "it is divided by total - warmup - 1",  # 0.1 + 1.9 * (1 + cos(pi 10 / 29)) / 2
+    1.050001: "the 1 beside the cosine is missing",  # 0.1 + 1.9 * cos(pi / 3)
     2: "the rate stays at the peak, as if the progress were 0",  # 10 // 30
 }
 
@@ -1746,15 +1785,18 @@ def test_momentum_update_moves_every_part_of_the_encoder(plain_equations):
     model = small_pixpro(instance_weight=1.0)
     named_so = [name for name, _ in model.named_children() if name.startswith("momentum_")]
     assert len(named_so) == 3
-    assert all(torch.equal(target, online) for target, online in momentum_pairs(model))  # at first
-    model.update_momentum(momentum_at(0, 10))
-    assert all(torch.equal(target, online) for target, online in momentum_pairs(model))
+    for m in (1, momentum_at(0, 10)):
+        model.update_momentum(m)
+        for target, online in momentum_pairs(model):
+            same = torch.allclose(target, online, atol=1e-6)
+            assert same, "At first both encoders are equal, and an update must keep them so."
     shuffle_weights(model)
     before = [(target.clone(), online.clone()) for target, online in momentum_pairs(model)]
     model.update_momentum(0.9)
     for (target, online), (old, old_online) in zip(momentum_pairs(model), before):
-        assert torch.allclose(target, 0.9 * old + 0.1 * old_online, atol=1e-6)
-        assert torch.equal(online, old_online)
+        moved = torch.allclose(target, 0.9 * old + 0.1 * old_online, atol=1e-6)
+        assert moved, "A parameter of the momentum encoder is not at 0.9 p' + 0.1 p."
+        assert torch.equal(online, old_online), "A parameter of the online encoder has moved."
 
 
 def test_momentum_batchnorm_keeps_statistics_of_its_own(plain_equations):
@@ -2168,7 +2210,7 @@ def test_words_select_their_own_groups():
     for name in names:
         assert sum(word in name for word in words) <= 1, name
     for word in words:
-        assert sum(word in name for name in names) >= 4, word
+        assert sum(word in name for name in names) >= 3, word
 
 
 # ------------------------------------ Networks ------------------------------------
@@ -2300,7 +2342,7 @@ REFUSALS = [
     (TypeError, "found torch.float32", lambda: TwoViews()(torch.zeros(3, 20, 20))),
     (TypeError, "found <class 'str'>", lambda: TwoViews()("image.jpg")),
     (ValueError, r"found \[1, 4, 4\]", lambda: TwoViews()(torch.zeros(1, 4, 4).byte())),
-    (ValueError, r"\[2, 4\] and \[1, 4\]", lambda: pairs_of_boxes(2, 1)),
+    (ValueError, r"\[2, 4\], \[1, 4\]", lambda: pairs_of_boxes(2, 1)),
     (ValueError, "threshold >= 0, found -1", lambda: pairs_of_boxes(1, 1, -1)),
     (ValueError, "threshold >= 0, found nan", lambda: pairs_of_boxes(1, 1, math.nan)),
     (ValueError, "temperature > 0, found 0", lambda: losses_of(random_positives(), temperature=0)),
@@ -2341,7 +2383,7 @@ REFUSALS = [
         r"\[4, 12, 12\] .* found \[1",
         lambda: small_pixpro()(*small_batch()[:2], BOX, BOX),
     ),
-    (ValueError, r"\[4, 4\] and \[1, 4\]", lambda: small_pixpro()(*small_batch()[:3], BOX)),
+    (ValueError, r"\[4, 4\], \[1, 4\]", lambda: small_pixpro()(*small_batch()[:3], BOX)),
 ]
 BOX = tensor([0, 0, 10, 10])  # one crop pair for a whole batch
 
@@ -3240,7 +3282,7 @@ EMA = "momentum_at ema_update"
 EXERCISES = {
     "views": Exercise("TwoViews.crop", "Sec. 3.1", 1, "views", "", "the mirrored box"),
     "eq1": Exercise("positive_pairs", "Eq. 1", 2, "eq1", "slow_positive_pairs", "the unit of dist"),
-    "bins": Exercise("bin_centres", "Eq. 1", 2, "eq1", "slow_positive_pairs", "mirrored views"),
+    "bins": Exercise("bin_centres", "Eq. 1", 2, "bins", "slow_positive_pairs", "mirrored views"),
     "eq2": Exercise("pixcontrast_loss", "Eq. 2", 3, "eq2", "slow_pixcontrast", "no positives"),
     "eq3": Exercise(PPM, "Eq. 3 and 4", 4, "eq3 or eq4", "slow_propagation", "slopes at cosine 0"),
     "eq5": Exercise("consistency_loss", "Eq. 5", 5, "eq5", "slow_consistency", "what is averaged"),
@@ -3398,7 +3440,7 @@ def test_handed_out_files_have_an_open_body_and_no_solution(word):
     names = [node.name for node in tests.body if isinstance(node, ast.FunctionDef)]
     assert exercise.slow not in names
     own = [name for name in names if any(w in name for w in exercise.tests.split(" or "))]
-    assert len(own) >= 4
+    assert len(own) >= 3
     assert not exercise.slow or any("authors" in name or "by_hand" in name for name in own)
 
 
@@ -3411,13 +3453,15 @@ def test_handing_out_and_grading(tmp_path, capsys):
         hand_out(["eq6"], folder)
     with pytest.raises(SystemExit, match="among views, eq1.*found 'eq9'"):
         hand_out(["eq9"], tmp_path / "other")
-    source = (folder / "train.py").read_text()
-    (folder / "train.py").write_text(source.replace("0.01 + 0.99 *", "0.01 +"))
+    with open(folder / "train.py", "a") as file:
+        file.write(
+            "\ndef lr_at(step, total_steps, warmup_steps, peak, floor=1e-6):\n    return peak\n"
+        )
     grade(folder / "train.py")
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "lars      open"
-    failed = "schedule  failed  test_schedule_warm_up_by_hand: The rate at step 5 of 10"
-    assert printed[1].startswith(failed) and "the warm-up ends above the peak" in printed[1]
+    failed = "schedule  failed  test_schedule_warm_up_by_hand: The rate at step 0"
+    assert printed[1].startswith(failed) and printed[1].endswith("Perhaps there is no warm-up.")
     with pytest.raises(SystemExit, match="a file of Python"):
         grade(tmp_path / "nothing.py")
 

@@ -99,7 +99,10 @@ def parse(argv):
 
 # ------------------------------------ Schedule and optimizer ------------------------------------
 def lr_at(step, total_steps, warmup_steps, peak, floor=1e-6):
-    """Learning rate: linear from peak / 100 to the peak, then half a cosine down to the floor."""
+    """Learning rate: linear from peak / 100 to the peak, then half a cosine down to the floor.
+
+    The peak is at step warmup_steps, which may be 0, and beyond total_steps.
+    """
     if step < warmup_steps:
         return peak * (0.01 + 0.99 * step / warmup_steps)
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
@@ -112,7 +115,7 @@ class LARS(torch.optim.Optimizer):
     g <- g + weight_decay p;  g <- g trust_coefficient |p| / (|g| + eps), if |p| > 0
     v <- momentum v + g;  p <- p - lr v
 
-    Biases and norms, which are one-dimensional, skip the first line. g is changed in place.
+    Biases and norms, which are one-dimensional, skip the first line: no decay, no scaling.
     """
 
     def __init__(
