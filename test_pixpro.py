@@ -2193,7 +2193,23 @@ def test_whole_function_in_half_precision(name, dtype):
         assert found.dtype == from_half.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["pixcontrast_loss", "consistency_loss", "instance_loss"])
+every_loss = pytest.mark.parametrize(
+    "name", [name for name in FUNCTIONS if name.endswith("loss")], ids=range(3)
+)
+
+
+@every_loss
+def test_whole_losses_take_vectors_of_zeros(name):
+    x, x_prime, *positives = FUNCTIONS[name]()
+    x = x.clone()
+    x[0] = 0
+    x.requires_grad_()
+    loss = getattr(pixpro, name)(x, x_prime, *positives)
+    loss.backward()
+    assert loss.isfinite() and x.grad.isfinite().all()
+
+
+@every_loss
 def test_whole_losses_take_large_numbers_of_float16(name):
     # 700^2 = 490,000 overflows float16 (65,504): the products are computed in float32.
     function, arguments = getattr(pixpro, name), FUNCTIONS[name]()
