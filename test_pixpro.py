@@ -297,11 +297,11 @@ def test_eq1_form():
     )
 
 
-# One row of two bins. View 1: bins of 4 x 3 with centres (2, 1.5), (6, 1.5) and diagonal 5.
-# View 2: bins of 2 x 1 with centres (3.5, 3.5), (5.5, 3.5) and diagonal 2.236068.
+# One row of two bins: of 4 x 3 with centres (2, 1.5), (6, 1.5) and diagonal 5, and of 2 x 1 with
+# centres (3.5, 3.5), (5.5, 3.5) and diagonal 2.236068.
 LARGE = [0.0, 0.0, 8.0, 3.0]
 SMALL_BOX = [2.5, 3.0, 6.5, 4.0]
-# From (2, 1.5) to (5.5, 3.5): d = hypot(3.5, 2) = 4.031129, and d / 5 = 0.806226.
+# d = 4.031129 is the distance from (2, 1.5) to (5.5, 3.5); right is d / 5.
 EQ1_MISTAKES = {
     1.802776: "the smaller diagonal is taken, or one view's, not the larger one",  # d / 2.236068
     1.114177: "the mean of the diagonals is taken, not the larger one",  # d / ((5 + 2.236068) / 2)
@@ -336,6 +336,7 @@ EQ1_MISTAKES = {
 
 def test_eq1_distance_by_hand():
     what = "dist of bin 0 of view 1 and bin 1 of view 2, the smallest T that makes them positive"
+    # From (2, 1.5) to (5.5, 3.5): hypot(3.5, 2) = 4.031129. The larger diagonal is 5.
     found = measured_distance(tensor(LARGE), tensor(SMALL_BOX), (1, 2), 0, 0, 1)
     check_value(f"{what}, view 1 has the larger bins", found, 0.806226, EQ1_MISTAKES)
     # The other way round: view 1 is the small one. From (3.5, 3.5) to (6, 1.5): hypot(2.5, 2) / 5.
@@ -522,12 +523,7 @@ def eq2_case():
     return torch.cat([*x, last]), torch.cat([*x_prime, last]), positives
 
 
-# tau = 0.5. Cosines of pixel i with the three x'_j, and its loss; p marks the positives.
-#   image 0, pixel 0:  1 p, 0.707 p, -1    -log((e^2 + e^1.414) / (e^2 + e^1.414 + e^-2)) = 0.011697
-#            pixel 1:  0, 0.707, 0 p          -log(e^0 / (e^0 + e^1.414 + e^0)) = 1.810458
-#   image 1, pixel 1:  0.6 p, 0.894, 0.447    -log(e^1.2 / (e^1.2 + e^1.789 + e^0.894)) = 1.263738
-# Mean over the pixels, then over the images: ((0.011697 + 1.810458) / 2 + 1.263738) / 2 = 1.087408.
-# Below, e_j is e^(cos(x_i, x'_j) / tau), P are the positives of i, l_i its loss.
+# e_j is e^(cos(x_i, x'_j) / tau), P are the positives of i, l_i its loss.
 LOG_EACH = "each positive has a log of its own; the sum over the positives is inside the log"
 ONE_LOG = "one log is taken of sums over many pixels; each pixel has its own"
 EQ2_MISTAKES = {
@@ -575,6 +571,12 @@ def test_eq2_form():
 
 
 def test_eq2_by_hand():
+    # Cosines of pixel i with the three x'_j; p marks the positives. tau is 0.5.
+    #   image 0, pixel 0: 1 p, 0.707 p, -1     -log((e^2 + e^1.414) / (e^2 + e^1.414 + e^-2))
+    #            pixel 1: 0, 0.707, 0 p        -log(e^0 / (e^0 + e^1.414 + e^0))
+    #   image 1, pixel 1: 0.6 p, 0.894, 0.447  -log(e^1.2 / (e^1.2 + e^1.789 + e^0.894))
+    # These are 0.011697, 1.810458 and 1.263738. Mean over the pixels, then over the images:
+    # ((0.011697 + 1.810458) / 2 + 1.263738) / 2 = 1.087408. Other pixels and image 2 have no p.
     found = pixcontrast_loss(*eq2_case(), temperature=0.5)
     check_value("Eq. 2 by hand, tau 0.5", found, 1.087408, EQ2_MISTAKES)
 
@@ -654,11 +656,7 @@ def eq3_case():
     return ppm, pixels([3, 0], [0, 1], [1, 2], [-2, 1]).reshape(1, 2, 2, 2)
 
 
-# g(x_j) = (3 a + 3 b, 6 b) for x_j = (a, b), here (9, 0), (3, 6), (9, 12), (-3, 6); divided by
-# their norms (1, 0), (0.447, 0.894), (0.6, 0.8), (-0.447, 0.894). The cosines of pixel 0 with the
-# four are 1, 0, 0.447, -0.894; clamped and squared s = 1, 0, 0.2, 0. So
-# y_0 = (1, 0) + 0.2 (0.6, 0.8) = (1.12, 0.16).
-# Below, c is the cosine, s = max(c, 0)^2, g is normalised, h is not, u_j = x_j / |x_j|.
+# c is the cosine, s = max(c, 0)^2, g is normalised, h is not, u_j = x_j / |x_j|.
 EQ3_MISTAKES = {
     (10.8, 2.4): "g(x_j) is not divided by its norm",  # sum s h
     (1.089443, 0.178885): "g is left out: x_j itself is propagated",  # sum s u
@@ -704,6 +702,10 @@ def test_eq3_form():
 
 
 def test_eq3_by_hand():
+    # g(x_j) = (3 a + 3 b, 6 b) for x_j = (a, b): (9, 0), (3, 6), (9, 12), (-3, 6), divided by their
+    # norms (1, 0), (0.447, 0.894), (0.6, 0.8), (-0.447, 0.894). The cosines of pixel 0 with the
+    # four are 1, 0, 0.447, -0.894; clamped and squared they are s = 1, 0, 0.2, 0. So
+    # y_0 = 1 (1, 0) + 0.2 (0.6, 0.8) = (1.12, 0.16).
     ppm, x = eq3_case()
     y = ppm(x)[0].flatten(1).T  # [HW, C]
     check_value("Eq. 3 by hand, y of pixel (3, 0)", y[0], (1.12, 0.16), EQ3_MISTAKES)
@@ -889,10 +891,7 @@ def eq5_case():
     return torch.cat(y), torch.cat(x_prime), pairs("11 01", "10 10", "00 00")
 
 
-# Image 0: the positives (0,0), (0,1), (1,1) have cosines 1, 0.707107, 0.707107; mean 0.804738.
-# Image 1: (0,0), (1,0), of (1,2) and (2,-1) with (2,1), have cosines 0.8, 0.6; mean 0.7.
-# Image 2 has none. Mean over images 0 and 1: 0.752369.
-# Below, c are the cosines and P the positives of an image.
+# c are the cosines and P the positives of an image.
 NO_MASK = "pairs that are not positive count too: the mask is not used"
 SAME_PIXEL = "pixel i of y is paired with pixel i of x', not with its positives"
 EQ5_MISTAKES = {
@@ -934,6 +933,9 @@ def test_eq5_form():
 
 
 def test_eq5_by_hand():
+    # Image 0: the positives (0,0), (0,1), (1,1) have cosines 1, 0.707107, 0.707107; mean 0.804738.
+    # Image 1: (0,0), (1,0), of (1,2) and (2,-1) with (2,1), have cosines 0.8, 0.6; mean 0.7.
+    # Image 2 has none. Mean over images 0 and 1: 0.752369.
     check_value("Eq. 5 by hand", consistency_loss(*eq5_case()), -0.752369, EQ5_MISTAKES)
 
 
@@ -1003,8 +1005,7 @@ def eq6_case():
     return tensor([3, 4], [0, 2], [-1, 1]), tensor([1, 0], [0, 5], [2, 0])
 
 
-# Cosines of (3, 4) with (1, 0): 0.6; of (0, 2) with (0, 5): 1; of (-1, 1) with (2, 0): -0.707107.
-# Their mean is 0.297631. Below, c are these three.
+# c are the three cosines.
 NO_NEGATIVES = "other images are negatives; this loss has none"
 EQ6_MISTAKES = {
     1.404738: "2 - 2 cos is taken; it is -cos here",  # 2 - 2 mean c
@@ -1033,6 +1034,8 @@ def test_eq6_form():
 
 
 def test_eq6_by_hand():
+    # Cosines of (3, 4) with (1, 0): 0.6; (0, 2) with (0, 5): 1; (-1, 1) with (2, 0): -0.707107.
+    # Their mean is 0.297631.
     check_value("instance_loss by hand", instance_loss(*eq6_case()), -0.297631, EQ6_MISTAKES)
 
 
@@ -1056,7 +1059,7 @@ def test_eq6_equals_loops():
 
 
 # ------------------------------------ Momentum encoder ------------------------------------
-# m at step 10 of 40 from base 0.9: 1 - 0.1 (cos(pi / 4) + 1) / 2 = 0.914645. Below, t = 10 / 40.
+# t is 10 / 40.
 MOMENTUM_MISTAKES = {
     0.829289: "the division by 2 is missing",  # 1 - (1 - base) (cos(pi t) + 1)
     0.985355: "m falls from 1 to base; it rises",  # 1 - (1 - base) (1 - cos(pi t)) / 2
@@ -1079,6 +1082,7 @@ MOMENTUM_MISTAKES = {
 
 
 def test_momentum_at_by_hand():
+    # 1 - (1 - 0.9) * (cos(pi * 10 / 40) + 1) / 2
     found = momentum_at(10, 40, base=0.9)
     check_value("m at step 10 of 40, base 0.9", found, 0.914645, MOMENTUM_MISTAKES, 1e-6)
 
@@ -1407,7 +1411,6 @@ def lars_case(steps=1, **options):
     return p.detach()
 
 
-# g * 0.01 * 5 / 10 = 0.005 g; times the rate 2: 0 - 0.01 * 8 = -0.08.
 LARS_MISTAKES = {
     0: "nothing happened: p = ... only gives a new tensor that name",
     -16: "the trust ratio is missing: the step is that of SGD",  # -2 * 8
@@ -1422,12 +1425,11 @@ LARS_MISTAKES = {
 
 
 def test_lars_one_step_by_hand():
+    # g * 0.01 * 5 / 10 = 0.005 g; times the rate 2: 0 - 0.01 * 8 = -0.08.
     p = lars_case(weight_decay=0)
     check_value("p[0, 1] after one step without decay, by hand", p[0, 1], -0.08, LARS_MISTAKES)
 
 
-# g + p = [[3, 8], [6, 4]] of norm 11.1803; 2 * 0.01 * 5 / 11.1803 = 0.00894427:
-# 3 - 3 * 0.00894427 and 0 - 8 * 0.00894427.
 LARS_DECAY_MISTAKES = {
     (3, -0.08): "the weight decay is missing",  # 3, -0.08
     (2.97, -0.08): "the trust ratio has the norm of g before the decay is added",  # 0.005 (g + p)
@@ -1438,13 +1440,13 @@ LARS_DECAY_MISTAKES = {
 
 
 def test_lars_weight_decay_by_hand():
+    # g + p = [[3, 8], [6, 4]] of norm 11.1803; 2 * 0.01 * 5 / 11.1803 = 0.00894427:
+    # 3 - 3 * 0.00894427 and 0 - 8 * 0.00894427.
     p = lars_case(weight_decay=1)
     what = "p[0] after one step with decay, by hand"
     check_value(what, p[0], (2.973167, -0.071554), LARS_DECAY_MISTAKES)
 
 
-# v = 0.005 g, p[0, 1] = -0.08. Then |p| = 5.001, v = 0.5 * 0.005 g + 0.005001 g = 0.007501 g,
-# and with the rate 1: -0.08 - 0.007501 * 8 = -0.140008.
 LARS_MOMENTUM_MISTAKES = {
     -0.120008: "v is not kept, or is the gradient itself, not a copy",  # -0.08 - 0.005001 * 8
     -0.160008: "the rate is inside of v, or v is not multiplied by m",  # v = (0.005 + 0.005001) g
@@ -1454,13 +1456,13 @@ LARS_MOMENTUM_MISTAKES = {
 
 
 def test_lars_velocity_by_hand():
+    # v = 0.005 g, p[0, 1] = -0.08. Then |p| = 5.001, v = 0.5 * 0.005 g + 0.005001 g = 0.007501 g,
+    # and with the rate 1: -0.08 - 0.007501 * 8 = -0.140008.
     p = lars_case(steps=2, weight_decay=0)
     what = "p[0, 1] after two steps, by hand"
     check_value(what, p[0, 1], -0.140008, LARS_MOMENTUM_MISTAKES, tolerance=1e-6)
 
 
-# Biases and norms have neither decay nor trust ratio. v = 2, p = 1 - 0.5 * 2 = 0;
-# v = 0.5 * 2 + 2 = 3, p = 0 - 0.5 * 3 = -1.5.
 LARS_VECTOR_MISTAKES = {
     -2: "vectors are decayed",  # v = 2 + 1, p = -0.5; v = 0.5 * 3 + 2 - 0.5, p = -0.5 - 0.5 * 3
     0.998750: "the trust ratio scales vectors",  # 0.001 * 2 / 4 times 2, and so on
@@ -1470,9 +1472,10 @@ LARS_VECTOR_MISTAKES = {
 
 
 def test_lars_treats_vectors_like_plain_sgd():
+    # Biases and norms have neither decay nor trust ratio. v = 2, p = 1 - 0.5 * 2 = 0;
+    # v = 0.5 * 2 + 2 = 3, p = 0 - 0.5 * 3 = -1.5.
     p = nn.Parameter(torch.ones(4))
-    decay = 1.0
-    optimizer = train.LARS([p], lr=0.5, momentum=0.5, weight_decay=decay)
+    optimizer = train.LARS([p], lr=0.5, momentum=0.5, weight_decay=1.0)
     for _ in range(2):
         p.grad = torch.full((4,), 2.0)
         optimizer.step()
@@ -1598,7 +1601,6 @@ def test_lars_authors_numbers():
 
 # A run of 40 steps, 10 of them warm-up, peak 2, floor 0.1.
 SCHEDULE_CASE = {"total_steps": 40, "warmup_steps": 10, "peak": 2.0, "floor": 0.1}
-# Step 5: 2 * (0.01 + 0.99 * 5 / 10) = 1.01.
 WARM_UP_MISTAKES = {
     1.0: "the warm-up starts at 0, not at peak / 100",  # 2 * 5 / 10
     1.2: "the warm-up starts at 0, and steps are counted from 1",  # 2 * 6 / 10
@@ -1610,7 +1612,6 @@ WARM_UP_MISTAKES = {
     0.2: "the warm-up is geometric; it is linear",  # 2 * 0.01^(1 / 2)
     2: "there is no warm-up",
 }
-# Step 20, a third of the way from step 10 to step 40: 0.1 + 1.9 * (1 + cos(pi / 3)) / 2 = 1.525.
 SCHEDULE_MISTAKES = {
     1.05: "the cosine begins at step 0",  # 0.1 + 1.9 * (1 + cos(pi 20 / 40)) / 2
     1.5: "the floor is ignored, or is only the smallest value",  # 2 * (1 + cos(pi / 3)) / 2
@@ -1638,6 +1639,7 @@ def test_schedule_warm_up_by_hand():
         2: "there is no warm-up",
     }
     check_value("The rate at step 0: peak / 100", train.lr_at(0, **SCHEDULE_CASE), 0.02, mistakes)
+    # 2 * (0.01 + 0.99 * 5 / 10)
     what = "The rate at step 5 of 10 of warm-up"
     check_value(what, train.lr_at(5, **SCHEDULE_CASE), 1.01, WARM_UP_MISTAKES)
 
@@ -1651,6 +1653,7 @@ def test_schedule_cosine_by_hand():
         0.1: "the rate rises after the warm-up: the cosine's sign is wrong",
     }
     check_value("The rate at step 10, the peak", train.lr_at(10, **SCHEDULE_CASE), 2, mistakes)
+    # A third of the way from step 10 to step 40: 0.1 + 1.9 * (1 + cos(pi / 3)) / 2
     what = "The rate at step 20 of 40"
     check_value(what, train.lr_at(20, **SCHEDULE_CASE), 1.525, SCHEDULE_MISTAKES)
     check_value("The rate at step 40: the floor", train.lr_at(40, **SCHEDULE_CASE), 0.1)
