@@ -2004,6 +2004,8 @@ def test_whole_default_is_the_paper():
         "loss_scale": 2,
     }
     assert all(train.PAPER[name] == defaults[name] for name in train.MODEL)
+    ppm = inspect.signature(PixelPropagation).parameters.values()
+    assert [p.default for p in ppm] == [defaults[name] for name in ("dim", "gamma", "num_layers")]
     lars = train.LARS([torch.zeros(1)], lr=1.0).defaults
     assert (lars["momentum"], lars["weight_decay"]) == (0.9, 1e-5)
     assert (lars["trust_coefficient"], lars["eps"]) == (1e-3, 1e-8)
