@@ -127,6 +127,12 @@ def slow_pixels(x):
 
 
 # ------------------------------------ Checks that explain ------------------------------------
+def check(holds, message):
+    __tracebackhide__ = True
+    if not holds:
+        pytest.fail(message)
+
+
 def check_form(what, found, shape, dtype=torch.float32):
     """Fails unless found is a tensor of this shape and type."""
     __tracebackhide__ = True
@@ -236,7 +242,8 @@ def check_equal(what, found, expected, tolerance=1e-5):
 NOT_COSINES = "products are taken, not cosines: divide by the norms over C"
 OVER_PIXELS = "the maps are normalised over the pixels, not over C"
 VIEWED = "the map [C, H, W] is viewed as [HW, C]: flatten, then transpose"
-MEAN_OF_ALL = "one mean goes over all images: first per image, then over the images"
+MEAN_OF_ALL = "one mean goes over all images; it must go over each image, then over the images"
+TRANSPOSED = "cosines or positives are transposed: rows must be the pixels of view 1, columns of 2"
 
 
 # ------------------------------------ Eq. 1 ------------------------------------
@@ -329,20 +336,20 @@ EQ1_MISTAKES = {
     0.282843: "the boxes' corners (x0, y0) are not added",  # from (2, 1.5) to (3, 0.5)
     1.244529: "a box is no (x, y, width, height)",  # hypot(5.375, 3.5) / hypot(3.25, 4)
     0.721110: "the boxes are rounded to whole numbers",  # hypot(3, 2) / 5
-    64.0: "the pair is never positive, whatever T: all pairs within T are, not the nearest alone",
+    64.0: "no T makes the pair positive: all pairs within T are, not the nearest alone",
     0.0: "the pair is always positive: the comparison is the wrong way round",
 }
 
 
 def test_eq1_distance_by_hand():
-    what = "dist of bin 0 of view 1 and bin 1 of view 2, the smallest T that makes them positive"
+    what = "dist of bins 0 and 1, measured as the smallest T that makes them positive"
     # From (2, 1.5) to (5.5, 3.5): hypot(3.5, 2) = 4.031129. The larger diagonal is 5.
     found = measured_distance(tensor(LARGE), tensor(SMALL_BOX), (1, 2), 0, 0, 1)
-    check_value(f"{what}, view 1 has the larger bins", found, 0.806226, EQ1_MISTAKES)
+    check_value(f"{what} (view 1 has larger bins)", found, 0.806226, EQ1_MISTAKES)
     # The other way round: view 1 is the small one. From (3.5, 3.5) to (6, 1.5): hypot(2.5, 2) / 5.
     found = measured_distance(tensor(SMALL_BOX), tensor(LARGE), (1, 2), 0, 0, 1)
     mistakes = {1.431782: "view 1's diagonal is taken, not the larger one"}
-    check_value(f"{what}, view 2 has the larger bins", found, 0.640312, mistakes)
+    check_value(f"{what} (view 2 has larger bins)", found, 0.640312, mistakes)
 
 
 def test_eq1_distance_must_be_small():
@@ -385,7 +392,7 @@ def test_eq1_mirrored_view():
         positive_pairs(tensor([0, 0, 12, 6]), tensor([12, 0, 0, 6]), (2, 3), 0.35)[0],
         "2 1 0 5 4 3",
         {
-            "0 1 2 3 4 5": "the mirror is ignored: from x0 to x1 the columns run leftward",
+            "0 1 2 3 4 5": "the mirror is ignored: where x0 > x1 columns must run leftward",
             "- - - - - -": "the bins lie beyond x0: the width must stay negative",
             "- 2 1 - 5 4": "the bins' corners are taken, not their centres: c + 1/2",
             "3 4 5 0 1 2": "the rows are mirrored, not the columns",
@@ -398,7 +405,7 @@ def test_eq1_at_exactly_T_a_pair_is_positive():
     # From (2, 1.5) to (3.5, 3.5): hypot(1.5, 2) = 2.5, and 2.5 / 5 = 0.5, without rounding.
     A = positive_pairs(tensor(LARGE), tensor(SMALL_BOX), (1, 2), 0.5)
     what = "Bins 0 and 0 lie 2.5 apart, the larger bin diagonal is 5: distance 0.5 <= T = 0.5"
-    assert A[0, 0, 0], f"{what}, so they are a positive pair; found False. Perhaps < instead of <=."
+    check(A[0, 0, 0], f"{what}, so they are a positive pair; found False. Perhaps < instead of <=.")
 
 
 def test_eq1_images_have_boxes_of_their_own():
@@ -421,7 +428,7 @@ def test_eq1_far_from_the_origin():
 def test_eq1_swapping_the_boxes_transposes():
     box_1, box_2 = random_boxes(5, seed=5), random_boxes(5, seed=6)
     A = positive_pairs(box_1, box_2, (3, 4))
-    assert A.any(), "These crops overlap, so there are positive pairs; found none."
+    check(A.any(), "These crops overlap, so there are positive pairs; found none.")
     swapped = positive_pairs(box_2, box_1, (3, 4))
     check_same_pairs("With the views swapped", swapped, A.transpose(1, 2))
 
@@ -478,7 +485,7 @@ def test_bins_centres_by_hand():
     check_value("The centre of bin 1", centres[0, 1], (6, 1.5), mistakes)
     check_value("The centre of bin 5, the last", centres[0, 5], (10, 4.5))
     mistakes = {
-        (6, 1.5): "the mirror is ignored: from x0 to x1 the columns run leftward",
+        (6, 1.5): "the mirror is ignored: where x0 > x1 columns must run leftward",
         (18, 1.5): "the bins lie beyond x0: the width must stay negative",
         (2, 1.5): "all images take the first box",
     }
@@ -524,8 +531,9 @@ def eq2_case():
 
 
 # e_j is e^(cos(x_i, x'_j) / tau), P are the positives of i, l_i its loss.
-LOG_EACH = "each positive has a log of its own; the sum over the positives is inside the log"
-ONE_LOG = "one log is taken of sums over many pixels; each pixel has its own"
+LOG_EACH = "each positive has a log of its own; the sum over the positives must be inside the log"
+ONE_LOG = "one log is taken of sums over many pixels; each pixel must have its own"
+LOG_EPS = "pixels without a positive give -log(eps): leave them out; the log needs no eps"
 EQ2_MISTAKES = {
     0.948667: "the temperature is ignored",  # e^cos
     0.916030: "the cosines are multiplied by the temperature",  # e^(cos tau)
@@ -546,13 +554,21 @@ EQ2_MISTAKES = {
     0.907714: "the log is taken of the mean over the pixels",  # -log(mean_i (sum_P e / sum e))
     0.472255: "the log is the decimal one",  # l_i / log 10
     1.568798: "the log is that of base 2",  # l_i / log 2
-    1.009659: "the positives are transposed: rows are the pixels of x",  # P of j
+    1.009659: TRANSPOSED,  # P of j
     0.869814: "the softmax runs over the pixels of x, not over those of x'",  # e_ij / sum_i e_ij
     1.090407: "x and x' are exchanged",  # cos(x'_i, x_j)
     2.197345: "both directions are added: this is one of the two",
     1.028631: MEAN_OF_ALL,  # (l_0 + l_1 + l_1') / 3
     0.514316: "pixels without a positive count in the mean",  # sum l_i / 3 in each image
     0.342877: "pixels and images without a positive count in the mean",  # sum l_i / 9
+    18.763558: LOG_EPS,  # eps 1e-12, mean over all pixels
+    15.693444: LOG_EPS,  # 1e-10
+    12.623331: LOG_EPS,  # 1e-8
+    9.553216: LOG_EPS,  # 1e-6
+    14.329826: LOG_EPS,  # eps 1e-12, mean over the pixels of images 0 and 1
+    12.027241: LOG_EPS,  # 1e-10
+    9.724656: LOG_EPS,  # 1e-8
+    7.422069: LOG_EPS,  # 1e-6
     0.724939: "images without positives count in the mean",  # (image 0 + image 1 + 0) / 3
     1.542947: "the losses of the pixels are added; their mean is taken",  # sum l_i / 2
     2.174816: "the images are added; their mean is taken",  # l_0 + l_1
@@ -601,7 +617,7 @@ def test_eq2_gradients():
     check_gradients("Eq. 2", loss, {"x": x}, {"x'": x_prime})
     reached = x.grad.flatten(2).any(1)  # [N, HW]
     same = torch.equal(reached, positives.any(2))
-    assert same, "The gradient reaches other pixels than those that have a positive."
+    check(same, "The gradient reaches other pixels than those that have a positive.")
     check_derivative("Eq. 2", lambda x: pixcontrast_loss(x, x_prime, positives), x)
 
 
@@ -613,7 +629,7 @@ def test_eq2_without_any_positive_is_0_with_gradient_0():
     what = "Eq. 2 without any positive pair"
     hint = "the loss must stay in the graph (0 * something); a constant cannot be differentiated"
     check_gradients(what, loss, {"x": x}, hint=hint)
-    assert not x.grad.any(), f"{what}: expected a gradient of zeros, found others."
+    check(not x.grad.any(), f"{what}: expected a gradient of zeros, found others.")
 
 
 def test_eq2_does_not_overflow():
@@ -662,7 +678,7 @@ EQ3_MISTAKES = {
     (1.089443, 0.178885): "g is left out: x_j itself is propagated",  # sum s u
     (3.2, 0.4): "g is left out: x_j itself is propagated",  # sum s x
     (3.804984, 1.073313): "x_j is normalised, not g(x_j), or g is applied to the sum",  # sum s W u
-    (0.762229, 0.875542): "max(cos, 0) is missing: opposite pixels count",  # sum c^2 g
+    (0.762229, 0.875542): "max(cos, 0) is missing, or comes after the power",  # sum c^2 g
     (1.477771, -0.555542): "max(cos, 0) is missing: opposite pixels count",  # sum sign(c) c^2 g
     (1.668328, -0.442229): "max(cos, 0) and gamma are missing",  # sum c g
     (1.268328, 0.357771): "gamma is ignored",  # sum max(c, 0) g
@@ -670,7 +686,7 @@ EQ3_MISTAKES = {
     (2.536656, 0.715542): "s is multiplied by gamma, not raised to it",  # sum gamma max(c, 0) g
     (0.688978, 0.441264): "a softmax over j is taken; Eq. 3 is a plain sum",  # sum softmax_j(c) g
     (0.838844, 0.272736): "a softmax over j is taken; Eq. 3 is a plain sum",  # of 2 c
-    (43.2, 3.6): NOT_COSINES,  # sum max(x_i . x_j / sqrt(2), 0)^2 g
+    (43.2, 3.6): "products / sqrt(C) are taken, not cosines",  # sum max(x_i . x_j / sqrt(2), 0)^2 g
     (0.581028, 0.465677): "a softmax over j is taken; Eq. 3 is a plain sum",  # sum softmax_j(s) g
     (
         0.933333,
@@ -679,6 +695,7 @@ EQ3_MISTAKES = {
     (0.28, 0.04): "the mean over j is taken, not the sum",  # sum s g / 4
     (0.12, 0.16): "the pixel itself is left out",  # sum over j != i
     (1.2, 0): "g(x_i) is multiplied by sum s; the sum is over s g(x_j)",  # sum s g_i
+    (3.28, 0.04): "x is added, and the mean over j is taken; Eq. 3 is the sum alone",
     (4.12, 0.16): "x is added to the sum",  # x_i + sum s g
     (0.989949, 0.141421): "y is divided by its norm",  # y / |y|
     (0.976187, 0.216930): "y is divided by its norm, not g(x_j)",  # sum s h / |sum s h|
@@ -741,7 +758,7 @@ def test_eq3_g_is_applied_once():
     ppm(random_maps()[0])
     calls = int(ppm.transform[1].num_batches_tracked)
     what = "g must be applied once to the whole batch, so that its BatchNorm sees all images"
-    assert calls == 1, f"{what}; found {calls} calls."
+    check(calls == 1, f"{what}; found {calls} calls.")
 
 
 def test_eq3_permuting_pixels_permutes_the_output():
@@ -759,12 +776,12 @@ def test_eq3_gradients():
     # Of a single pixel s is 1, whatever x is: what arrives has gone through g.
     x = random_maps(h=1, w=1)[0].requires_grad_()
     ppm(x)[:, 0].sum().backward()
-    assert x.grad.abs().max() > 1e-3, "No gradient flows through g(x_j). Is it detached?"
+    check(x.grad.abs().max() > 1e-3, "No gradient flows through g(x_j). Is it detached?")
     # If g is constant, what arrives has gone through s.
     ppm.transform[0].weight.data.zero_()
     x = random_maps()[0].requires_grad_()
     ppm(x)[:, 0].sum().backward()
-    assert x.grad.abs().max() > 1e-3, "No gradient flows through s(x_i, x_j). Is it detached?"
+    check(x.grad.abs().max() > 1e-3, "No gradient flows through s(x_i, x_j). Is it detached?")
 
 
 def test_eq3_derivative():
@@ -908,9 +925,9 @@ EQ5_MISTAKES = {
     -1.907107: "the cosines of an image are added; their mean is taken",  # sum_P c
     -3.814214: "the cosines are added; their mean is taken",  # sum over all
     -1.504738: "the images are added, or a factor 2 is too much",  # 0.804738 + 0.7
-    -0.740165: "each pixel's mean comes first; all positive pairs of an image weigh the same",
+    -0.740165: "each pixel has its mean; all positive pairs of an image must weigh the same",
     -0.776777: "the most similar positive of each pixel is taken, not the mean over all",
-    -0.596321: "the positives are transposed: rows are the pixels of y",  # P of (j, i)
+    -0.596321: TRANSPOSED,  # P of (j, i)
     -0.416959: "other pairs are pushed apart; Eq. 5 has no negatives",  # mean_P c - mean_not P c
     -3.083333: NOT_COSINES,  # y_i . x'_j
     -1.282624: "x' is not normalised over C",  # y_i . x'_j / |y_i|
@@ -974,7 +991,7 @@ def test_eq5_without_any_positive_is_0_with_gradient_0():
     check_value(what, loss, 0)
     hint = "the loss must stay in the graph (0 * something); a constant cannot be differentiated"
     check_gradients(what, loss, {"y": y}, hint=hint)
-    assert not y.grad.any(), f"{what}: expected a gradient of zeros, found others."
+    check(not y.grad.any(), f"{what}: expected a gradient of zeros, found others.")
 
 
 def test_eq5_authors_numbers():
@@ -1075,7 +1092,7 @@ MOMENTUM_MISTAKES = {
     0.085355: "1 - m is returned",  # (1 - base) (cos(pi t) + 1) / 2
     0.964645: "the + 1 beside the cosine is missing",  # 1 - (1 - base) cos(pi t) / 2
     0.929289: "the + 1 and the division by 2 are missing",  # 1 - (1 - base) cos(pi t)
-    0.907612: "half of the cosine is taken, from 1 to 0",  # 1 - (1 - base) cos(pi t / 2)
+    0.907612: "a quarter of a period is taken, not half of one",  # 1 - (1 - base) cos(pi t / 2)
     0.938268: "a sine is taken",  # base + (1 - base) sin(pi t / 2)
     0.900001: "t is turned into radians; pi t is already",  # cos of t in degrees
 }
@@ -1091,7 +1108,7 @@ def test_momentum_at_rises_from_base_to_1():
     check_value("m at step 0 of 7, base 0.9", momentum_at(0, 7, base=0.9), 0.9, tolerance=1e-9)
     check_value("m at step 7 of 7", momentum_at(7, 7), 1, tolerance=1e-9)
     values = [momentum_at(step, 50) for step in range(51)]
-    assert values == sorted(values), "m must rise with the step."
+    check(values == sorted(values), "m must rise with the step.")
 
 
 def test_momentum_at_authors_numbers():
@@ -1107,7 +1124,7 @@ def test_momentum_at_authors_numbers():
         check_value(f"The authors' m at step {step} of 100", momentum_at(step, 100), m, None, 1e-12)
 
 
-def two_networks():
+def two_networks(trainable=False):
     """Equal networks; online weights are 1, biases 10, statistics 5; momentum 3, 20, 7."""
     networks = []
     for weight, bias, statistic in ((1.0, 10.0, 5.0), (3.0, 20.0, 7.0)):
@@ -1119,11 +1136,11 @@ def two_networks():
         networks.append(network)
     online, momentum = networks
     online[1].requires_grad_(False)  # a layer that somebody froze
-    return online, momentum.requires_grad_(False)
+    return online, momentum.requires_grad_(trainable)
 
 
 MOMENTUM_UPDATES = {
-    3: "the module is not changed: p' = ... only gives a new tensor that name",
+    3: "the module is not changed: p' = ... only makes a new tensor of that name",
     1.2: "m and 1 - m are exchanged",  # 0.1 * 3 + 0.9 * 1
     3.1: "p' is not multiplied by m",  # 3 + 0.1 * 1
     3.7: "p is not multiplied by 1 - m",  # 0.9 * 3 + 1
@@ -1134,27 +1151,31 @@ MOMENTUM_UPDATES = {
 
 
 def test_momentum_ema_update_by_hand():
-    online, momentum = two_networks()
+    online, momentum = two_networks(trainable=True)
     weight = momentum[0].weight
     ema_update(online, momentum, 0.9)
-    mistakes = dict.fromkeys(
-        (1.2, 2.8, 3), "the online encoder is updated, not the momentum encoder"
-    )
+    cause = "the online encoder is updated, not the momentum encoder"
+    mistakes = dict.fromkeys((1.2, 2.8, 3), cause)
     check_value("The online encoder's weight stays", online[0].weight.item(), 1, mistakes)
     what = "0.9 * 3 + 0.1 * 1, the momentum encoder's weight"
-    found = momentum[0].weight.item()
-    check_value(
-        what, found, 2.8, MOMENTUM_UPDATES | {3: f"it is skipped, or {MOMENTUM_UPDATES[3]}"}
-    )
+    check_value(what, weight.item(), 2.8, MOMENTUM_UPDATES)
+    check(momentum[0].weight is weight, "The parameters must be changed in place, not replaced.")
     mistakes = {20: "biases are left out: every parameter moves"}
     check_value("0.9 * 20 + 0.1 * 10, its bias", momentum[0].bias.item(), 19, mistakes)
-    mistakes = {3: "layers inside of layers, or those that need no gradient, are left out"}
-    what = "0.9 * 3 + 0.1 * 1, the weight of an inner layer that is frozen"
+
+
+def test_momentum_ema_update_of_every_layer():
+    online, momentum = two_networks()
+    ema_update(online, momentum, 0.9)
+    mistakes = {3: "parameters with requires_grad = False are skipped; all of these have it"}
+    what = "0.9 * 3 + 0.1 * 1, a weight of a momentum encoder without gradients"
+    check_value(what, momentum[0].weight.item(), 2.8, mistakes)
+    mistakes = {3: "layers inside of layers, or frozen in the online encoder, are left out"}
+    what = "0.9 * 3 + 0.1 * 1, the weight of an inner layer that is frozen online"
     check_value(what, momentum[1][0].weight.item(), 2.8, mistakes)
     mistakes = {6.8: "buffers are averaged", 5: "buffers are copied"}
     what = "BatchNorm's running mean stays"
     check_value(what, momentum[1][0].running_mean.item(), 7, mistakes)
-    assert momentum[0].weight is weight, "The parameters must be changed in place, not replaced."
 
 
 def test_momentum_ema_update_keeps_and_copies():
@@ -1197,7 +1218,7 @@ def crops(request):
 
 def test_views_crop_form():
     result = TwoViews(size=32).crop(coordinates_image(50, 70))
-    assert result is not None, "crop returned None. Is `return` missing?"
+    check(result is not None, "crop returned None. Is `return` missing?")
     check_form("The view of size 32", result[0], [3, 32, 32], torch.uint8)
     check_form("Its box", result[1], [4])
 
@@ -1209,40 +1230,54 @@ def test_views_are_crops_of_the_image(crops):
         where = f"columns {left:.0f} to {right:.0f} and rows {y0:.0f} to {y1:.0f}"
         inside = min(left, y0, y1) > -2 and right < width + 2 and max(y0, y1) < height + 2
         image = f"an image of {width} columns and {height} rows"
-        assert inside, f"A view shows {where} of {image}: the crop must lie inside."
-        assert y0 < y1, f"A view shows rows {y0:.0f} to {y1:.0f}: it must not be upside down."
+        check(inside, f"A view shows {where} of {image}: the crop must lie inside.")
+        check(y0 < y1, f"A view shows rows {y0:.0f} to {y1:.0f}: it must not be upside down.")
+
+
+def explain_box(box, shown, width):
+    """The likely reason why a box differs from what its view shows in an image of this width."""
+    x0, y0, x1, y1 = shown
+    left, right, top, bottom = min(x0, x1), max(x0, x1), min(y0, y1), max(y0, y1)
+    w, h = right - left, bottom - top
+    mistakes = {  # boxes of the crop before x0 and x1 change places
+        "x0 and x1 change places in views that are not mirrored": (left, top, right, bottom),
+        "y0 and y1 change places too": (left, bottom, right, top),
+        "x and y are exchanged: get_params begins with top": (top, left, bottom, right),
+        "box[0], box[2] = box[2], box[0] overwrites x0 before x1 takes it": (
+            right,
+            top,
+            right,
+            bottom,
+        ),
+        "x1 is overwritten before x0 takes it": (left, top, left, bottom),
+        "width and height are given, not the second corner": (left, top, w, h),
+        "height and width are given, not the second corner": (top, left, h, w),
+        "width and height are exchanged": (left, top, left + h, top + w),
+        "the box is mirrored in the image: width - x": (width - right, top, width - left, bottom),
+        "the box is the view's, not the crop's": (0, 0, 56, 56),
+        "the box has the view's size, not the crop's": (left, top, left + 56, top + 56),
+    }
+    for cause, (a, b, c, d) in mistakes.items():
+        if any(np.allclose(box, edges, atol=2.5) for edges in ((a, b, c, d), (c, b, a, d))):
+            return cause
+    if max(abs(edge) for edge in box.tolist()) < 1.5:
+        return "the box is in units of the image, not in pixels"
+    return "view and box come from different draws"
 
 
 def test_views_show_what_their_boxes_bound(crops):
-    width = crops[0][1]
-    for _, box, shown in crops[1]:
+    (_, width), views = crops
+    mirrored = [bool(box[0] > box[2]) for _, box, _ in views]
+    never = "x0 and x1 never change places: the box of a mirrored view must have x0 > x1"
+    for _, box, shown in views:
         if np.allclose(box, shown, atol=2.5):
             continue
-        x0, y0, x1, y1 = shown
-        left, right, top, bottom = min(x0, x1), max(x0, x1), min(y0, y1), max(y0, y1)
-        w, h = right - left, bottom - top
-        mistakes = {  # boxes of the crop before x0 and x1 change places
-            "x0 and x1 change places in the wrong views": (left, top, right, bottom),
-            "y0 and y1 change places too": (left, bottom, right, top),
-            "x and y are exchanged: get_params begins with top": (top, left, bottom, right),
-            "x0 is overwritten before x1 takes it": (right, top, right, bottom),
-            "x1 is overwritten before x0 takes it": (left, top, left, bottom),
-            "width and height are given, not the second corner": (left, top, w, h),
-            "height and width are given, not the second corner": (top, left, h, w),
-            "width and height are exchanged": (left, top, left + h, top + w),
-            "the image is mirrored, not the crop": (width - right, top, width - left, bottom),
-            "it is the view's, not the crop's": (0, 0, 56, 56),
-            "its size is the view's, not the crop's": (left, top, left + 56, top + 56),
-        }
-        cause = "view and box come from different draws"
-        if max(abs(edge) for edge in box.tolist()) < 1.5:
-            cause = "it is in units of the image, not in pixels"
-        for known, (a, b, c, d) in mistakes.items():
-            if any(np.allclose(box, edges, atol=2.5) for edges in ((a, b, c, d), (c, b, a, d))):
-                cause = known
         texts = [", ".join(f"{edge:.1f}" for edge in edges) for edges in (shown, box.tolist())]
+        cause = explain_box(box, shown, width)
+        if "not mirrored" in cause and not any(mirrored):
+            cause = never
         what = f"A view shows x0, y0, x1, y1 = {texts[0]}; its box says {texts[1]}"
-        pytest.fail(f"{what}. Perhaps {cause}.")
+        check(False, f"{what}. Perhaps {cause}.")
 
 
 def test_views_are_sharp(crops):
@@ -1256,7 +1291,7 @@ def test_views_are_sharp(crops):
         error = max(error, (view[1] - rows[:, None]).abs()[inner, inner].max())
         cause = "Perhaps x1 and y1 name the last pixel inside; they are edges, left + width."
         what = f"A pixel shows a place {error:.1f} pixels from where its box puts it."
-        assert error <= 1.1, f"{what} {cause}"
+        check(error <= 1.1, f"{what} {cause}")
 
 
 def test_views_are_cropped_by_scale_and_ratio():
@@ -1267,26 +1302,26 @@ def test_views_are_cropped_by_scale_and_ratio():
     left, right = boxes[:, [0, 2]].amin(1), boxes[:, [0, 2]].amax(1)
     top, bottom = boxes[:, 1], boxes[:, 3]
     inside = left.min() >= 0 and right.max() <= 400 and top.min() >= 0 and bottom.max() <= 300
-    assert inside, "A crop reaches over the edge of the image."
+    check(inside, "A crop reaches over the edge of the image.")
     width, height = right - left, bottom - top
     share, ratio = width * height / (300 * 400), width / height
     mirrored = int((boxes[:, 0] > boxes[:, 2]).sum())
     # 500, and four standard deviations of 16 around it.
     wanted = "Half of the views are mirrored (torch.rand(()) < 0.5)"
-    assert 437 <= mirrored <= 563, f"{wanted}; found {mirrored} of 1000."
-    wanted = "Crops of scale (0.2, 0.5) take 20% to 50% of the image's area"
-    assert 0.19 < share.min() < 0.25, f"{wanted}; the smallest of 1000 takes {share.min():.0%}."
-    assert 0.45 < share.max() < 0.51, f"{wanted}; the largest of 1000 takes {share.max():.0%}."
+    check(437 <= mirrored <= 563, f"{wanted}; found {mirrored} of 1000.")
+    wanted = "Crops of scale (0.2, 0.5) take 20% to 50% of the image's area (self.scale)"
+    check(0.19 < share.min() < 0.25, f"{wanted}; the smallest of 1000 takes {share.min():.0%}.")
+    check(0.45 < share.max() < 0.51, f"{wanted}; the largest of 1000 takes {share.max():.0%}.")
     wanted = "Width / height lies between 3/4 and 4/3"
-    assert 0.74 < ratio.min() < 0.8, f"{wanted}; the smallest of 1000 is {ratio.min():.2f}."
-    assert 1.25 < ratio.max() < 1.35, f"{wanted}; the largest of 1000 is {ratio.max():.2f}."
+    check(0.74 < ratio.min() < 0.8, f"{wanted}; the smallest of 1000 is {ratio.min():.2f}.")
+    check(1.25 < ratio.max() < 1.35, f"{wanted}; the largest of 1000 is {ratio.max():.2f}.")
     # The share is uniform, mean 0.35 +- 0.0027; log ratio is, too, mean 0 +- 0.0053.
     wanted = "All shares of the area from 20% to 50% are equally likely, mean 35%"
-    assert abs(share.mean() - 0.35) < 0.011, f"{wanted}; found {share.mean():.1%}."
+    check(abs(share.mean() - 0.35) < 0.011, f"{wanted}; found {share.mean():.1%}.")
     wanted = "log(width / height) is uniform, mean 0: 3/4 is as likely as 4/3"
-    assert abs(ratio.log().mean()) < 0.021, f"{wanted}; found {ratio.log().mean():.3f}."
+    check(abs(ratio.log().mean()) < 0.021, f"{wanted}; found {ratio.log().mean():.3f}.")
     spread = (left.std(), top.std())
-    assert min(spread) > 20, "The crops lie at nearly the same place: draw their corner."
+    check(min(spread) > 20, "The crops lie at nearly the same place: draw their corner.")
 
 
 def pairs_of(result):
@@ -1307,7 +1342,7 @@ def test_views_of_an_image_are_two_crops_of_the_size():
     for view, box in ((view_1, box_1), (view_2, box_2)):
         check_form("A view of size 32", view, [3, 32, 32])
         check_form("Its box", box, [4])
-    assert not torch.equal(box_1, box_2), "Both views are the same crop."
+    check(not torch.equal(box_1, box_2), "Both views are the same crop.")
     assert TwoViews().scale == (0.08, 1.0) and TwoViews().size == 224
 
 
@@ -1392,8 +1427,8 @@ def test_views_follow_the_seed_and_take_pil_images():
         results.append(TwoViews(size=24)(form))
     for first, second, third in zip(*results):
         what = "With the same seed of torch the views must be the same"
-        assert torch.equal(first, second), f"{what}. Are other random numbers used?"
-        assert torch.equal(first, third), f"{what}, of tensors and PIL images."
+        check(torch.equal(first, second), f"{what}. Are other random numbers used?")
+        check(torch.equal(first, third), f"{what}, of tensors and PIL images.")
     gray = v2.functional.to_pil_image(image[:1])
     assert TwoViews(size=24)(gray)[0].shape == (3, 24, 24)
 
@@ -1402,10 +1437,9 @@ def test_views_follow_the_seed_and_take_pil_images():
 def lars_case(steps=1, **options):
     """p = [[3, 0], [0, 4]] of norm 5, g = [[0, 8], [6, 0]] of norm 10, at rates 2, then 1."""
     p = nn.Parameter(tensor([3, 0], [0, 4]))
-    p.grad = torch.zeros(2, 2)
     optimizer = train.LARS([p], lr=2.0, **{"momentum": 0.5, "trust_coefficient": 0.01} | options)
     for _ in range(steps):
-        p.grad.copy_(tensor([0, 8], [6, 0]))
+        p.grad = tensor([0, 8], [6, 0])
         optimizer.step()
         optimizer.param_groups[0]["lr"] = 1.0
     return p.detach()
@@ -1414,13 +1448,13 @@ def lars_case(steps=1, **options):
 LARS_MISTAKES = {
     0: "nothing happened: p = ... only gives a new tensor that name",
     -16: "the trust ratio is missing: the step is that of SGD",  # -2 * 8
-    -0.32: "the trust ratio is upside down: |p| / |g|",  # -2 * 8 * 0.01 * 10 / 5
+    -0.32: "the trust ratio is upside down; it must be |p| / |g|",  # -2 * 8 * 0.01 * 10 / 5
     -8: "the trust coefficient is missing",  # -2 * 8 * 5 / 10
     -0.8: "the division by |g| is missing",  # -2 * 8 * 0.01 * 5
     -0.016: "the factor |p| is missing",  # -2 * 8 * 0.01 / 10
     -0.06: "the norms are those of a row, not of the whole parameter",  # -2 * 8 * 0.01 * 3 / 8
-    -0.04: "the learning rate is missing, or momentum reduces the first step",  # -8 * 0.005
-    -0.12: "v does not begin at 0, or the momentum is that of Nesterov",  # -2 * 8 * 0.005 * 1.5
+    -0.04: "the learning rate is missing, or g is multiplied by 1 - m",  # -8 * 0.005
+    -0.12: "v begins as g and g is added, or it is Nesterov's",  # -2 * 8 * 0.005 * 1.5
 }
 
 
@@ -1448,7 +1482,7 @@ def test_lars_weight_decay_by_hand():
 
 
 LARS_MOMENTUM_MISTAKES = {
-    -0.120008: "v is not kept, or is the gradient itself, not a copy",  # -0.08 - 0.005001 * 8
+    -0.120008: "v is not kept from step to step",  # -0.08 - 0.005001 * 8
     -0.160008: "the rate is inside of v, or v is not multiplied by m",  # v = (0.005 + 0.005001) g
     -0.200016: "the rate of the constructor is taken, not the group's",  # the rate 2 again
     -0.08: "the second step does nothing",  # -0.08
@@ -1463,9 +1497,22 @@ def test_lars_velocity_by_hand():
     check_value(what, p[0, 1], -0.140008, LARS_MOMENTUM_MISTAKES, tolerance=1e-6)
 
 
+def test_lars_velocity_is_not_the_gradient():
+    # The same gradient tensor is filled again, as after zero_grad(set_to_none=False).
+    p = nn.Parameter(tensor([1, 1], [1, 1]))
+    p.grad = torch.ones(2, 2)
+    optimizer = train.LARS([p], lr=1.0, momentum=0.5, weight_decay=0)
+    optimizer.step()
+    before = p[0, 0].item()
+    p.grad.zero_()
+    optimizer.step()
+    moved = p[0, 0].item() < before
+    check(moved, "After a gradient of 0 v must still move p. Perhaps v is p.grad itself: copy it.")
+
+
 LARS_VECTOR_MISTAKES = {
-    -2: "vectors are decayed",  # v = 2 + 1, p = -0.5; v = 0.5 * 3 + 2 - 0.5, p = -0.5 - 0.5 * 3
-    0.998750: "the trust ratio scales vectors",  # 0.001 * 2 / 4 times 2, and so on
+    -2: "vectors are decayed; they must take plain SGD steps",  # g = 3, then 1.5
+    0.998750: "vectors are scaled; they must take plain SGD steps",  # by 0.001 * 2 / 4
     -1: "vectors have no momentum",  # 0 - 0.5 * 2
     1: "vectors are skipped",
 }
@@ -1503,8 +1550,8 @@ def test_lars_skips_parameters_without_gradient():
     optimizer.step()  # none has one
     used.grad = torch.ones(2, 2)
     optimizer.step()
-    assert (used < 1).all(), "The parameter with a gradient did not move."
-    assert (unused == 1).all(), "The parameter without gradient moved."
+    check((used < 1).all(), "The parameter with a gradient did not move.")
+    check((unused == 1).all(), "The parameter without gradient moved.")
 
 
 def test_lars_takes_a_closure():
@@ -1512,16 +1559,16 @@ def test_lars_takes_a_closure():
     optimizer = train.LARS([p], lr=1.0)
 
     def closure():
-        assert torch.is_grad_enabled(), "A closure needs gradients: run it in torch.enable_grad()."
+        check(torch.is_grad_enabled(), "A closure needs gradients: run it in torch.enable_grad().")
         optimizer.zero_grad()
         loss = p.square().sum()
         loss.backward()
         return loss
 
     loss = optimizer.step(closure)
-    assert loss is not None, "step(closure) must call it and return its loss, found None."
+    check(loss is not None, "step(closure) must call it and return its loss, found None.")
     check_value("The loss that step(closure) returns", loss, 4)
-    assert (p < 1).all(), "step(closure) must run the closure, and then move p."
+    check((p < 1).all(), "step(closure) must run the closure, and then move p.")
 
 
 def test_lars_parameters_have_states_of_their_own():
@@ -1536,7 +1583,7 @@ def test_lars_parameters_have_states_of_their_own():
         alone.grad = torch.ones(2, 2)
         optimizer.step()
     cause = "Do parameters share one v, or one norm?"
-    assert torch.equal(p, alone), f"A parameter moves otherwise beside another one. {cause}"
+    check(torch.equal(p, alone), f"A parameter moves otherwise beside another one. {cause}")
 
 
 def test_lars_groups_have_options_of_their_own():
@@ -1552,9 +1599,9 @@ def test_lars_groups_have_options_of_their_own():
                 parameter.grad = torch.eye(3) + step
             together.step()
             alone.step()
-        assert not (q == 1).all(), "The parameters of the second group do not move."
-        assert torch.equal(q, plain), f"A group's own {name} acts otherwise than an optimizer's."
-        assert not torch.allclose(q, p, atol=1e-6), f"A group's own {name} is ignored."
+        check(not (q == 1).all(), "The parameters of the second group do not move.")
+        check(torch.equal(q, plain), f"A group's own {name} acts otherwise than an optimizer's.")
+        check(not torch.allclose(q, p, atol=1e-6), f"A group's own {name} is ignored.")
 
 
 def test_lars_continues_from_its_state():
@@ -1573,7 +1620,7 @@ def test_lars_continues_from_its_state():
             q.grad = gradients[k].clone()
             other.step()
     cause = "v must be kept in self.state[p]"
-    assert torch.equal(p, q), f"An optimizer that loads state_dict() goes on otherwise: {cause}."
+    check(torch.equal(p, q), f"An optimizer that loads state_dict() goes on otherwise: {cause}.")
 
 
 def lars_steps(optimizer_class=train.LARS, **options):
@@ -1605,7 +1652,7 @@ WARM_UP_MISTAKES = {
     1.0: "the warm-up starts at 0, not at peak / 100",  # 2 * 5 / 10
     1.2: "the warm-up starts at 0, and steps are counted from 1",  # 2 * 6 / 10
     1.208: "steps are counted from 1",  # 2 * (0.01 + 0.99 * 6 / 10)
-    1.02: "the warm-up ends above the peak",  # 2 * (0.01 + 5 / 10)
+    1.02: "the warm-up ends above the peak, by peak / 100",  # 2 * (0.01 + 5 / 10)
     1.05: "the warm-up starts at the floor, not at peak / 100",  # 0.1 + 1.9 * 5 / 10
     1.1: "the warm-up starts at a tenth of the peak",  # 2 * (0.1 + 0.9 * 5 / 10)
     1.12: "the step is divided by warmup_steps - 1",  # 2 * (0.01 + 0.99 * 5 / 9)
@@ -1616,7 +1663,7 @@ SCHEDULE_MISTAKES = {
     1.05: "the cosine begins at step 0",  # 0.1 + 1.9 * (1 + cos(pi 20 / 40)) / 2
     1.5: "the floor is ignored, or is only the smallest value",  # 2 * (1 + cos(pi / 3)) / 2
     2.95: "the division by 2 is missing",  # 0.1 + 1.9 * (1 + cos(pi / 3))
-    1.721751: "it is divided by total_steps",  # 0.1 + 1.9 * (1 + cos(pi 10 / 40)) / 2
+    1.721751: "total_steps divides the steps after the warm-up",  # 1.9 * (1 + cos(pi / 4)) / 2 + 0.1
     1.366667: "the rate falls on a straight line",  # 0.1 + 1.9 * 2 / 3
     1.6: "the floor is added to the whole cosine",  # 0.1 + 2 * (1 + cos(pi / 3)) / 2
     0.575: "a whole period is taken, or the rate rises",  # 0.1 + 1.9 * (1 - cos(pi / 3)) / 2
@@ -1624,7 +1671,7 @@ SCHEDULE_MISTAKES = {
     0.145208: "the cosine is given degrees; it takes radians",  # 0.1 + 1.9 * (1 + cos(60)) / 2
     1.745448: "a quarter of a period is taken; it is half of one",  # 0.1 + 1.9 * cos(pi / 6)
     1.436400: "steps are counted from 1",  # 0.1 + 1.9 * (1 + cos(pi 11 / 30)) / 2
-    1.494988: "it is divided by total - warmup - 1",  # 0.1 + 1.9 * (1 + cos(pi 10 / 29)) / 2
+    1.494988: "the last step is taken as total_steps - 1",  # 0.1 + 1.9 * (1 + cos(pi 10 / 29)) / 2
     1.050001: "the 1 beside the cosine is missing",  # 0.1 + 1.9 * cos(pi / 3)
     2: "the rate stays at the peak, as if the progress were 0",  # 10 // 30
 }
@@ -1661,8 +1708,8 @@ def test_schedule_cosine_by_hand():
 
 def test_schedule_rises_and_falls():
     rates = [train.lr_at(step, 80, 10, peak=2.0) for step in range(81)]
-    assert rates[:11] == sorted(rates[:11]), "The rate must rise in the warm-up."
-    assert rates[10:] == sorted(rates[10:], reverse=True), "The rate must fall after the warm-up."
+    check(rates[:11] == sorted(rates[:11]), "The rate must rise in the warm-up.")
+    check(rates[10:] == sorted(rates[10:], reverse=True), "The rate must fall after the warm-up.")
     check_value("The highest rate", max(rates), 2.0)
 
 
