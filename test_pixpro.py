@@ -1663,7 +1663,7 @@ SCHEDULE_MISTAKES = {
     1.05: "the cosine begins at step 0",  # 0.1 + 1.9 * (1 + cos(pi 20 / 40)) / 2
     1.5: "the floor is ignored, or is only the smallest value",  # 2 * (1 + cos(pi / 3)) / 2
     2.95: "the division by 2 is missing",  # 0.1 + 1.9 * (1 + cos(pi / 3))
-    1.721751: "total_steps divides the steps after the warm-up",  # 1.9 * (1 + cos(pi / 4)) / 2 + 0.1
+    1.721751: "total_steps divides steps after the warm-up",  # 1.9 * (1 + cos(pi / 4)) / 2 + 0.1
     1.366667: "the rate falls on a straight line",  # 0.1 + 1.9 * 2 / 3
     1.6: "the floor is added to the whole cosine",  # 0.1 + 2 * (1 + cos(pi / 3)) / 2
     0.575: "a whole period is taken, or the rate rises",  # 0.1 + 1.9 * (1 - cos(pi / 3)) / 2
