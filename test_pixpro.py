@@ -3421,8 +3421,10 @@ def hand_out(words, folder):
     for word in words:
         if word not in EXERCISES:
             sys.exit(f"expected exercises among {', '.join(EXERCISES)}, found {word!r}")
-    if folder.exists() or not words:
-        sys.exit(f"expected exercises and a folder that does not exist, found {str(folder)!r}")
+    if not words:
+        sys.exit(f"expected exercises and then a folder, found {str(folder)!r} alone")
+    if folder.exists():
+        sys.exit(f"expected a folder that does not exist, found {str(folder)!r}")
     folder.mkdir(parents=True)
     texts = student_version(words)
     for name in HANDED_OUT:
@@ -3441,7 +3443,7 @@ def grade(file):
     """Prints for each exercise whether this pixpro.py or train.py passes the tests here."""
     try:
         source = Path(file).read_text("utf-8")
-        tree = ast.parse(source)
+        tree = ast.parse(source, file)
     except (OSError, SyntaxError, UnicodeDecodeError) as error:
         sys.exit(f"expected a file of Python that can be read, found {file}: {error}")
     name = "train.py" if find(tree, "LARS") else "pixpro.py"
@@ -3464,7 +3466,8 @@ def grade(file):
         except subprocess.TimeoutExpired:
             sys.exit(f"expected an end within ten minutes, found none: does a loop of {file} end?")
     if done.returncode not in (0, 1):
-        sys.exit(f"pytest cannot run with {file}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        [*_, reason] = ["", *re.findall(r"^E +(.+)$", done.stdout, re.MULTILINE)]
+        sys.exit(f"expected a {name} that can be imported, found {file}: {reason or done.stderr}")
     failures = re.findall(r"^(?:FAILED|ERROR) \S+::(\w+)\S* - (.*)$", done.stdout, re.MULTILINE)
     for word in words:
         exercise = EXERCISES[word]
@@ -3552,9 +3555,11 @@ def test_pages_name_the_exercises_as_the_table_does():
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
-    if not arguments:
+    if not arguments or arguments[0].startswith("-"):
         list_exercises()
-    elif arguments[0] == "grade" and len(arguments) == 2:
+    elif arguments[0] == "grade":
+        if len(arguments) != 2:
+            sys.exit(f"expected grade and one file, found {' '.join(arguments)!r}")
         grade(arguments[1])
     else:
         hand_out(arguments[:-1], Path(arguments[-1]))
