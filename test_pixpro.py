@@ -3453,7 +3453,7 @@ def grade(file):
             shutil.copy(HERE / other, folder)
         (Path(folder) / name).write_text(source, "utf-8")
         tests = " or ".join(EXERCISES[word].tests for word in words)
-        command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
         try:
             done = subprocess.run(
                 [*command, "-k", tests],
