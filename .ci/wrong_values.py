@@ -274,6 +274,7 @@ def eq5():
         mean(lambda c, p: rows(c, p, torch.max)),
         mean(lambda c, p: c[p.T].mean()),
         mean(lambda c, p: c[p].mean() - c[~p].mean()),
+        right + sum(c[~p].mean() for c, p in zip(c, P)) / 3,
         of_products(lambda y, x: y @ x.T),
         of_products(lambda y, x: unit(y) @ x.T),
         of_products(lambda y, x: y @ unit(x).T),
@@ -442,7 +443,7 @@ if __name__ == "__main__":
             wrong += 1
         for (stored, cause), value in zip(table.items(), values):
             if not torch.allclose(
-                torch.tensor(stored).double(), torch.tensor(value).double(), atol=2e-6
+                torch.tensor(stored).double(), torch.tensor(value).double(), rtol=0, atol=2e-6
             ):
                 print(f"{name}: {stored} should be {value}: {cause}")
                 wrong += 1
