@@ -9,7 +9,7 @@ Grade: one command for each exercise, whatever state the others are in.
     pytest -k "eq3 or eq4" -x                   Eq. 3 and 4, which share one forward
 
 The other words are eq1 bins eq2 eq6 momentum views lars schedule. `train` selects the training
-runs; tests without any of these words are about the whole.
+runs; the tests without any of these words are not for the exercises.
 
 Hand out and take back:
 
@@ -20,8 +20,9 @@ Hand out and take back:
 Opening an exercise removes its slow version from the copy. Grading runs the tests of this file,
 never those that came with FILE; it runs the code in FILE, so grade only code that you would run.
 
-The authors' numbers are what github.com/zdaxie/PixPro, commit e390d6b, computes in float32 on a CPU
-from wave() below. The comment at each names their function; .ci/authors_numbers.py prints them all.
+The authors' numbers are what github.com/zdaxie/PixPro, commit e390d6b, computes in float32 on a
+CPU; its inputs are tensors of wave() below. The comment at each number names the authors' function,
+and .ci/authors_numbers.py prints them all.
 """
 
 import argparse
@@ -191,7 +192,9 @@ def check_gradients(what, value, into, not_into=(), hint="detach, no_grad or ite
     value.sum().backward()
     for name, leaf in into.items():
         if leaf.grad is None:
-            pytest.fail(f"{what}: the gradient of {name} is missing. Is the wrong one detached?")
+            pytest.fail(
+                f"{what}: the gradient of {name} is missing: {hint}, or the wrong is detached."
+            )
         if not leaf.grad.isfinite().all():
             bad = "log 0, 0 / 0, a root or power at 0, or infinity masked after the fact"
             pytest.fail(f"{what}: the gradient of {name} has nan or inf, which comes from {bad}.")
@@ -337,7 +340,7 @@ EQ1_MISTAKES = {
     0.282843: "the boxes' corners (x0, y0) are not added",  # from (2, 1.5) to (3, 0.5)
     1.244517: "a box is read as (x, y, width, height)",  # hypot(5.375, 3.5) / hypot(3.25, 4)
     0.721110: "the boxes are rounded to whole numbers",  # hypot(3, 2) / 5
-    64.0: "no T makes the pair positive: all pairs within T are, not the nearest alone",
+    64.0: "no T makes it positive: T is ignored, or only the nearest pair counts",
     0.0: "the pair is always positive: the comparison is the wrong way round",
 }
 
@@ -422,7 +425,7 @@ def test_eq1_far_from_the_origin():
     # Distances by |a|^2 - 2 a b + |b|^2 lose their digits here; torch.cdist computes so by default.
     box = tensor([3000.7, 3001.7, 3029.1, 3029.9])
     A = positive_pairs(box, box, (7, 7), 0.05)
-    what = "Equal boxes of 7 x 7 bins of 4 x 4 near (3000, 3000), T = 0.05"
+    what = "Equal boxes of 7 x 7 bins of about 4 x 4 near (3000, 3000), T = 0.05"
     check_same_pairs(f"{what} (perhaps rounding in the distance)", A, torch.eye(49)[None] > 0)
 
 
@@ -432,16 +435,6 @@ def test_eq1_swapping_the_boxes_transposes():
     check(A.any(), "These crops overlap, so there are positive pairs; found none.")
     swapped = positive_pairs(box_2, box_1, (3, 4))
     check_same_pairs("With the views swapped", swapped, A.transpose(1, 2))
-
-
-def test_eq1_unit_and_origin_do_not_matter():
-    box_1, box_2 = random_boxes(5, seed=9), random_boxes(5, seed=10)
-    A = positive_pairs(box_1, box_2, (4, 4))
-    check_same_pairs(
-        "Boxes in another unit (times 3)", positive_pairs(3 * box_1, 3 * box_2, (4, 4)), A
-    )
-    moved = positive_pairs(box_1 + 50, box_2 + 50, (4, 4))
-    check_same_pairs("Boxes from another origin (plus 50)", moved, A)
 
 
 AUTHORS_BOX_1 = [[0.1, 0.2, 0.7, 0.9], [0, 0, 1, 1], [0.8, 0.1, 0.3, 0.6], [0.05, 0.05, 0.2, 0.2]]
@@ -523,7 +516,7 @@ def slow_pixcontrast(x, x_prime, positives, temperature):
 
 
 def eq2_case():
-    """Three images of 1 x 3 pixels; the last image and four pixels of the others lack positives."""
+    """Three images of 1 x 3 pixels; the last image and three other pixels lack positives."""
     x = [pixels([1, 0], [0, 2], [3, 4]), pixels([1, 2], [2, -1], [1, 1])]
     x_prime = [pixels([2, 0], [1, 1], [-1, 0]), pixels([2, 1], [1, 0], [0, -3])]
     last = pixels([1, 0], [0, 1], [1, 1])
@@ -562,6 +555,7 @@ EQ2_MISTAKES = {
     1.028631: MEAN_OF_ALL,  # (l_0 + l_1 + l_1') / 3
     0.514316: "pixels without a positive count in the mean",  # sum l_i / 3 in each image
     0.342877: "pixels and images without a positive count in the mean",  # sum l_i / 9
+    1.358560: "the temperature is always 0.3",  # e^(cos / 0.3)
     18.763558: LOG_EPS,  # eps 1e-12, mean over all pixels
     15.693444: LOG_EPS,  # 1e-10
     12.623331: LOG_EPS,  # 1e-8
@@ -598,13 +592,6 @@ def test_eq2_by_hand():
     check_value("Eq. 2 by hand, tau 0.5", found, 1.087408, EQ2_MISTAKES)
 
 
-def test_eq2_temperature_is_0_3():
-    # As by hand, with e^(cos / 0.3).
-    found = pixcontrast_loss(*eq2_case())
-    mistakes = {1.087408: "tau is always 0.5", 0.948667: "the temperature is ignored"}
-    check_value("Eq. 2 with the default temperature 0.3", found, 1.358560, mistakes)
-
-
 def test_eq2_all_positive_is_0():
     x, x_prime = random_maps()
     found = pixcontrast_loss(x, x_prime, torch.ones(3, 6, 6, dtype=torch.bool))
@@ -634,7 +621,7 @@ def test_eq2_without_any_positive_is_0_with_gradient_0():
 
 
 def test_eq2_does_not_overflow():
-    # cos / tau = 1 / 0.002 = 500: e^500 overflows even float32; logsumexp subtracts the largest.
+    # cos / tau = 1 / 0.002 = 500: e^500 overflows float32; logsumexp subtracts the largest.
     x = pixels([1, 0], [0, 1])
     found = pixcontrast_loss(x, x, pairs("01 10"), temperature=0.002)
     what = "Eq. 2 at tau 0.002: exp overflows; torch.logsumexp subtracts the largest first"
@@ -713,6 +700,11 @@ EQ3_MISTAKES = {
 }
 
 
+def seeded_ppm(**options):
+    torch.manual_seed(0)
+    return PixelPropagation(dim=5, **options)
+
+
 def test_eq3_form():
     y = PixelPropagation(dim=5)(random_maps()[0])
     check_form("PixelPropagation(5) of a map [3, 5, 2, 3]", y, [3, 5, 2, 3])
@@ -747,7 +739,7 @@ def test_eq3_pixel_itself_counts():
 
 
 def test_eq3_images_do_not_mix():
-    ppm = PixelPropagation(dim=5)
+    ppm = seeded_ppm()
     x = random_maps()[0]
     what = "Image 1 of a batch of 3, compared with itself alone: do images mix?"
     check_equal(what, ppm(x)[1:2], ppm(x[1:2]).detach(), tolerance=1e-6)
@@ -755,7 +747,7 @@ def test_eq3_images_do_not_mix():
 
 def test_eq3_g_is_applied_once():
     # With two layers g has a BatchNorm, which must see the whole batch, and see it once.
-    ppm = PixelPropagation(dim=5, num_layers=2)
+    ppm = seeded_ppm(num_layers=2)
     ppm(random_maps()[0])
     calls = int(ppm.transform[1].num_batches_tracked)
     what = "g must be applied once to the whole batch, so that its BatchNorm sees all images"
@@ -763,7 +755,7 @@ def test_eq3_g_is_applied_once():
 
 
 def test_eq3_permuting_pixels_permutes_the_output():
-    ppm = PixelPropagation(dim=5)
+    ppm = seeded_ppm()
     x = random_maps(h=1, w=6)[0]
     order = torch.tensor([3, 1, 5, 0, 2, 4])
     what = "Pixels in another order: y must be in that order, and otherwise the same"
@@ -771,7 +763,7 @@ def test_eq3_permuting_pixels_permutes_the_output():
 
 
 def test_eq3_gradients():
-    ppm = PixelPropagation(dim=5)
+    ppm = seeded_ppm()
     x = random_maps()[0].requires_grad_()
     check_gradients("Eq. 3", ppm(x), {"x": x, "the weights of g": ppm.transform[0].weight})
     # Of a single pixel s is 1, whatever x is: what arrives has gone through g.
@@ -786,8 +778,7 @@ def test_eq3_gradients():
 
 
 def test_eq3_derivative():
-    torch.manual_seed(0)
-    ppm = PixelPropagation(dim=5)
+    ppm = seeded_ppm()
     check_derivative("Eq. 3, the first channel", lambda x: ppm(x)[:, 0].sum(), random_maps()[0])
 
 
@@ -925,6 +916,7 @@ EQ5_MISTAKES = {
     -0.535110: "something is added to the number of pairs",  # sum_P c / (number + 1)
     -1.907107: "the cosines of an image are added; their mean is taken",  # sum_P c
     -3.814214: "the cosines are added; their mean is taken",  # sum over all
+    -1.003159: "it is twice Eq. 5, and images without positives count: the authors' loss",
     -1.504738: "the images are added, or a factor 2 is too much",  # 0.804738 + 0.7
     -0.740165: "each pixel has its mean; all positive pairs of an image must weigh the same",
     -0.776777: "the most similar positive of each pixel is taken, not the mean over all",
@@ -937,6 +929,7 @@ EQ5_MISTAKES = {
     -0.814172: OVER_PIXELS,
     -0.439428: "the whole map is normalised, not each pixel",  # y_i . x'_j / (|y| |x'|)
     -0.634518: VIEWED,
+    -0.696321: VIEWED,  # after the normalisation
     0.495262: "2 - 2 cos is taken; Eq. 5 is -cos",  # 2 - 2 c
     0.247631: "1 - cos is taken; Eq. 5 is -cos",  # 1 - c
     -0.850383: SAME_PIXEL,  # mean c_ii
@@ -967,15 +960,6 @@ def test_eq5_equal_and_opposite_features():
         0: "the cosine is clamped at 0, which belongs to Eq. 4",
     }
     check_value("Eq. 5 where they are opposite", consistency_loss(y, -y, positives), 1, mistakes)
-
-
-def test_eq5_leaves_out_images_without_positives():
-    y, x_prime = random_maps()
-    positives = random_positives()  # the third image has none
-    alone = consistency_loss(y[:2], x_prime[:2], positives[:2])
-    what = "Eq. 5 of three images, the last without positive pairs, compared with the first two"
-    mistakes = {2 / 3 * alone.item(): "images without positive pairs count in the mean"}
-    check_value(what, consistency_loss(y, x_prime, positives), alone.item(), mistakes)
 
 
 def test_eq5_gradients():
@@ -1030,6 +1014,8 @@ EQ6_MISTAKES = {
     1.404738: "2 - 2 cos is taken; it is -cos here",  # 2 - 2 mean c
     0.702369: "1 - cos, or the mean square of the difference, is taken; it is -cos here",
     -0.892893: "the images are added; their mean is taken",  # sum c
+    -0.533333: "cosines below 0 are clamped",  # (0.6 + 1 + 0) / 3
+    -0.769036: "the absolute value of the cosine is taken",  # (0.6 + 1 + 0.707107) / 3
     -0.254766: "every image is compared with every other: p_n belongs to z'_n alone",
     1.177240: NO_NEGATIVES,  # -log softmax c, tau 1
     2.057961: NO_NEGATIVES,  # tau 0.3
@@ -1123,7 +1109,9 @@ def test_momentum_at_authors_numbers():
         99: 0.9999975328018287,
     }
     for step, m in authors.items():
-        check_value(f"The authors' m at step {step} of 100", momentum_at(step, 100), m, None, 1e-12)
+        check_value(
+            f"The authors' m at step {step} of 100", momentum_at(step, 100), m, tolerance=1e-12
+        )
 
 
 def two_networks(trainable=False):
@@ -1240,7 +1228,7 @@ def explain_box(box, shown, width):
     left, right, top, bottom = min(x0, x1), max(x0, x1), min(y0, y1), max(y0, y1)
     w, h = right - left, bottom - top
     mistakes = {  # boxes of the crop before x0 and x1 change places
-        "x0 and x1 change places in views that are not mirrored": (left, top, right, bottom),
+        "x0 and x1 must change places in exactly the mirrored views": (left, top, right, bottom),
         "y0 and y1 change places too": (left, bottom, right, top),
         "x and y are exchanged: get_params begins with top": (top, left, bottom, right),
         "box[0], box[2] = box[2], box[0] overwrites x0 before x1 takes it": (
@@ -1267,17 +1255,11 @@ def explain_box(box, shown, width):
 
 def test_views_show_what_their_boxes_bound(crops):
     (_, width), views = crops
-    mirrored = [bool(box[0] > box[2]) for _, box, _ in views]
-    never = "x0 and x1 never change places: the box of a mirrored view must have x0 > x1"
     for _, box, shown in views:
-        if np.allclose(box, shown, atol=2.5):
-            continue
         texts = [", ".join(f"{edge:.1f}" for edge in edges) for edges in (shown, box.tolist())]
-        cause = explain_box(box, shown, width)
-        if "not mirrored" in cause and not any(mirrored):
-            cause = never
         what = f"A view shows x0, y0, x1, y1 = {texts[0]}; its box says {texts[1]}"
-        check(False, f"{what}. Perhaps {cause}.")
+        same = np.allclose(box, shown, atol=2.5)
+        check(same, f"{what}. Perhaps {explain_box(box, shown, width)}.")
 
 
 def test_views_are_sharp(crops):
@@ -1289,7 +1271,8 @@ def test_views_are_sharp(crops):
         inner = slice(4, -4)  # away from the edges
         error = (view[0] - columns).abs()[inner, inner].max()
         error = max(error, (view[1] - rows[:, None]).abs()[inner, inner].max())
-        cause = "Perhaps x1 and y1 name the last pixel inside; they are edges, left + width."
+        cause = "Perhaps x1 and y1 name the last pixel inside; they are edges, left + width. Or the"
+        cause += " view is not resized bilinearly."
         what = f"A pixel shows a place {error:.1f} pixels from where its box puts it."
         check(error <= 1.1, f"{what} {cause}")
 
@@ -1356,7 +1339,7 @@ def test_views_of_which_only_the_second_is_solarised():
     for _ in range(200):
         for index, (view, _) in enumerate(pairs_of(TwoViews(size=16)(white))):
             dark[index] += bool((view * std + mean).mean() < 0.5)
-    assert dark[0] == 0 and 20 <= dark[1] <= 62  # 200 x 0.2 = 40, +- 4 standard deviations of 5.7
+    assert dark[0] == 0 and 18 <= dark[1] <= 62  # 200 x 0.2 = 40, +- 4 standard deviations of 5.7
 
 
 def test_views_blur_is_gaussian():
@@ -1465,7 +1448,7 @@ def test_lars_one_step_by_hand():
 
 
 LARS_DECAY_MISTAKES = {
-    (3, -0.08): "the weight decay is missing",  # 3, -0.08
+    (3, -0.08): "the weight decay is missing",  # p - 2 * 0.005 g
     (2.97, -0.08): "the trust ratio has the norm of g before the decay is added",  # 0.005 (g + p)
     (2.98, -0.053333): "|g| + decay |p| is the denominator",  # 0.01 * 5 / (10 + 5) (g + p)
     (-3, -0.08): "the decay is added after the scaling; it comes first",  # 0.005 g + p, times 2
@@ -1485,7 +1468,7 @@ LARS_MOMENTUM_MISTAKES = {
     -0.120008: "v is not kept from step to step",  # -0.08 - 0.005001 * 8
     -0.160008: "the rate is inside of v, or v is not multiplied by m",  # v = (0.005 + 0.005001) g
     -0.200016: "the rate of the constructor is taken, not the group's",  # the rate 2 again
-    -0.08: "the second step does nothing",  # -0.08
+    -0.08: "the second step does nothing",
 }
 
 
@@ -1634,10 +1617,10 @@ def test_lars_authors_numbers():
         optimizer.step()
     first = [0.7822871804, 0.9352322221, 0.1264628023, -0.8391467333, -0.8408296704, 0.1752143502]
     bias = [-0.8305042386, -0.2755451798, 0.8271970153, 1.8314388990, 1.9535747766, 0.9095216990]
-    check_value("The authors' matrix, 6 elements", w.flatten()[:6], first, None, 1e-6)
-    check_value("The authors' vector, 6 elements", b[:6], bias, None, 1e-6)
-    check_value("The authors' vector, the last", b[6], -0.7446691990, None, 1e-6)
-    check_value("The authors' matrix of zeros", z[0, 0], -0.5700899959, None, 1e-6)
+    check_value("The authors' matrix, 6 elements", w.flatten()[:6], first, tolerance=1e-6)
+    check_value("The authors' vector, 6 elements", b[:6], bias, tolerance=1e-6)
+    check_value("The authors' vector, the last", b[6], -0.7446691990, tolerance=1e-6)
+    check_value("The authors' matrix of zeros", z[0, 0], -0.5700899959, tolerance=1e-6)
 
 
 # A run of 40 steps, 10 of them warm-up, peak 2, floor 0.1.
@@ -1700,13 +1683,6 @@ def test_schedule_cosine_by_hand():
     check_value("The rate at step 40: the floor", train.lr_at(40, **SCHEDULE_CASE), 0.1)
 
 
-def test_schedule_rises_and_falls():
-    rates = [train.lr_at(step, 80, 10, peak=2.0) for step in range(81)]
-    check(rates[:11] == sorted(rates[:11]), "The rate must rise in the warm-up.")
-    check(rates[10:] == sorted(rates[10:], reverse=True), "The rate must fall after the warm-up.")
-    check_value("The highest rate", max(rates), 2.0)
-
-
 def test_schedule_without_warmup_and_all_warmup():
     check_value("Without warm-up, step 0: the peak", train.lr_at(0, 10, 0, peak=1.0), 1.0)
     check_value("All warm-up, step 9 of 10", train.lr_at(9, 10, 10, peak=1.0), 0.901)
@@ -1720,7 +1696,7 @@ def test_schedule_authors_numbers():
     authors |= {100: 3.0000002500000003, 150: 1.0000007499999994, 199: 0.0004396329406507382}
     for step, lr in authors.items():
         found = train.lr_at(step, total_steps=200, warmup_steps=50, peak=4.0)
-        check_value(f"The authors' rate at step {step} of 200", found, lr, None, 1e-12)
+        check_value(f"The authors' rate at step {step} of 200", found, lr, tolerance=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1762,36 +1738,7 @@ def shuffle_weights(model):
             p.copy_(torch.randn_like(p))
 
 
-@pytest.fixture
-def plain_pixel_equations(monkeypatch):
-    """Trivial stand-ins for Eq. 1 to 5, to test how PixPro connects its parts."""
-
-    def everything(box_1, box_2, size, threshold):
-        return torch.ones(len(box_1), size.numel(), size.numel(), dtype=torch.bool)
-
-    def product(x, x_prime, *rest):
-        return -(x * x_prime.detach()).mean()
-
-    class Plain(nn.Module):
-        def __init__(self, dim, gamma, num_layers):
-            super().__init__()
-            self.transform = nn.Conv2d(dim, dim, 1)
-
-        def forward(self, x):
-            return x + self.transform(x)
-
-    monkeypatch.setattr(pixpro, "positive_pairs", everything)
-    monkeypatch.setattr(pixpro, "PixelPropagation", Plain)
-    monkeypatch.setattr(pixpro, "consistency_loss", product)
-    monkeypatch.setattr(pixpro, "pixcontrast_loss", product)
-
-
-@pytest.fixture
-def plain_equations(plain_pixel_equations, monkeypatch):
-    monkeypatch.setattr(pixpro, "instance_loss", lambda p, z_prime: -(p * z_prime.detach()).mean())
-
-
-def test_eq6_without_weight_is_exactly_pixpro(plain_pixel_equations):
+def test_whole_without_instance_weight_is_exactly_pixpro():
     model = small_pixpro(instance_weight=0.0)
     assert not any("instance" in name for name, _ in model.named_parameters())
     loss = model(*small_batch()).loss
@@ -1800,7 +1747,7 @@ def test_eq6_without_weight_is_exactly_pixpro(plain_pixel_equations):
     assert torch.equal(model(*small_batch()).loss, loss)
 
 
-def test_eq6_in_pixpro_adds_alpha_times_the_instance_loss(plain_pixel_equations):
+def test_whole_adds_alpha_times_the_instance_loss():
     # Projector, predictor, pooling, cosine; targets from the momentum branch of the other view.
     model = small_pixpro(instance_weight=0.5)
     shuffle_weights(model.momentum_instance_projector)  # now online and momentum differ
@@ -1825,7 +1772,7 @@ def momentum_pairs(model):
         yield from zip(momentum.parameters(), online.parameters())
 
 
-def test_momentum_update_moves_every_part_of_the_encoder(plain_equations):
+def test_whole_update_moves_every_part_of_the_encoder():
     model = small_pixpro(instance_weight=1.0)
     named_so = [name for name, _ in model.named_children() if name.startswith("momentum_")]
     assert len(named_so) == 3
@@ -1843,7 +1790,7 @@ def test_momentum_update_moves_every_part_of_the_encoder(plain_equations):
         assert torch.equal(online, old_online), "A parameter of the online encoder has moved."
 
 
-def test_momentum_batchnorm_keeps_statistics_of_its_own(plain_equations):
+def test_whole_target_batchnorm_keeps_statistics_of_its_own():
     model = small_pixpro()
     model.backbone.body[1].running_mean.fill_(5)
     before = model.momentum_backbone.body[1].running_mean.clone()
@@ -1853,7 +1800,7 @@ def test_momentum_batchnorm_keeps_statistics_of_its_own(plain_equations):
     assert not torch.equal(model.momentum_backbone.body[1].running_mean, before)
 
 
-def test_momentum_encoder_makes_the_target(plain_equations):
+def test_whole_target_is_of_the_other_encoder():
     model = small_pixpro(instance_weight=1.0)
     for name in ("momentum_backbone", "momentum_projector", "momentum_instance_projector"):
         before = model(*small_batch()).loss.item()
@@ -1862,7 +1809,7 @@ def test_momentum_encoder_makes_the_target(plain_equations):
         assert abs(model(*small_batch()).loss.item() - before) > 1e-5, f"{name} is not used"
 
 
-def test_momentum_path_has_no_gradient_and_no_online_module(plain_equations):
+def test_whole_target_has_no_gradient_and_no_online_module():
     model = small_pixpro(instance_weight=1.0)
     calls = {name: [] for name, _ in model.named_children()}
     for name, module in model.named_children():
@@ -2045,6 +1992,8 @@ def test_whole_default_is_the_paper():
         "loss_scale": 2,
     }
     assert all(train.PAPER[name] == defaults[name] for name in train.MODEL)
+    tau = inspect.signature(pixcontrast_loss).parameters["temperature"].default
+    assert tau == defaults["temperature"]
     ppm = inspect.signature(PixelPropagation).parameters.values()
     assert [p.default for p in ppm] == [defaults[name] for name in ("dim", "gamma", "num_layers")]
     lars = train.LARS([torch.zeros(1)], lr=1.0).defaults
@@ -2084,19 +2033,6 @@ def test_whole_several_levels():
     assert not any(figure.requires_grad for figure in found[1:])
 
 
-def test_whole_learns_on_a_fixed_batch():
-    model, batch = small_pixpro(), small_batch()
-    optimizer = torch.optim.SGD(trained(model), lr=0.1, momentum=0.9)
-    first = model(*batch).loss.item()
-    for step in range(40):
-        model.update_momentum(momentum_at(step, 40))
-        loss = model(*batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss.item() < first - 0.5
-
-
 def test_whole_compiles_in_one_graph():
     torch.compiler.reset()
     model = small_pixpro(instance_weight=1.0)
@@ -2119,8 +2055,8 @@ def test_whole_loop_of_the_docstring_runs():
     assert sum(len(group["params"]) for group in groups) == len(trained(names["model"]))
 
 
-WAITING = "item tolist numpy cpu nonzero equal allclose masked_select unique"
-WAITING = {*WAITING.split(), "__bool__", "__float__", "__int__", "__index__"}
+WAITING = {"item", "tolist", "numpy", "cpu", "nonzero", "equal", "allclose", "masked_select"}
+WAITING |= {"unique", "__bool__", "__float__", "__int__", "__index__"}
 
 
 class NoWaiting(TorchFunctionMode):
@@ -2153,7 +2089,10 @@ def test_whole_step_never_waits_for_the_device(options):
 )
 def test_whole_step_on_another_device(options, monkeypatch):
     """On device meta, which computes shapes alone: a tensor that is left on the CPU shows."""
-    without = lambda *arguments, **flags: contextlib.nullcontext()  # noqa: E731
+
+    def without(*arguments, **flags):
+        return contextlib.nullcontext()
+
     monkeypatch.setattr(torch, "autocast", without)  # it knows no meta
     model = small_pixpro(**options).to("meta")
     batch = [part.to("meta") for part in small_batch()]
@@ -2180,8 +2119,8 @@ FUNCTIONS = {
     "instance_loss": lambda: tuple(x[:, :, 0, 0] for x in random_maps()),
     "momentum_at": lambda: (3, 10),
 }
-NUMBERS = dict(enumerate(FUNCTIONS))  # so that no test's name has the word of a group
-every_function = pytest.mark.parametrize("name", FUNCTIONS, ids=NUMBERS)
+# Numbers as ids, so that no test has the word of another group in its name.
+every_function = pytest.mark.parametrize("name", FUNCTIONS, ids=range(len(FUNCTIONS)))
 
 
 def function_of(module, name):
@@ -2234,6 +2173,8 @@ def test_whole_function_in_half_precision(name, dtype):
     tolerance = 0.03 if name == "PixelPropagation" else 1e-6
     assert torch.allclose(found.float(), expected, atol=tolerance)
     assert torch.allclose(from_half.float(), expected, atol=0.03)
+    if name == "PixelPropagation":
+        assert found.dtype == from_half.dtype == dtype
     if name.endswith("loss"):
         assert any(part.dtype == dtype for part in half if torch.is_tensor(part))
         assert found.dtype == from_half.dtype == torch.float32
@@ -2336,7 +2277,7 @@ def levels_of(heads, fpn, tower, image):
 
 
 def test_heads_load_into_the_detectors_of_torchvision():
-    """Strictly; the features stay the same; and the detector can be trained."""
+    """Strictly, and the features stay the same."""
     torch.manual_seed(0)
     heads, image = Heads("resnet50"), torch.rand(2, 3, 128, 160)
     heads(image)  # moves BatchNorm's statistics
@@ -2357,14 +2298,6 @@ def test_heads_load_into_the_detectors_of_torchvision():
     faster.backbone.body.load_state_dict(heads.body.state_dict())
     with torch.no_grad():
         assert torch.equal(heads.body(image)["2"], faster.backbone.body(image)["3"])  # both C5
-    targets = [{"boxes": tensor([10, 20, 90, 110]), "labels": torch.tensor([1])} for _ in range(2)]
-    losses = fcos.train()(list(image), targets)
-    optimizer = torch.optim.SGD(fcos.parameters(), lr=0.001)
-    sum(losses.values()).backward()
-    optimizer.step()
-    assert all(loss.isfinite() for loss in losses.values())
-    for p in [fcos.backbone.body.conv1.weight, towers[0][0].weight, towers[1][6].weight]:
-        assert p.isfinite().all() and p.grad.abs().sum() > 0
 
 
 def test_heads_share_everything_between_four_levels():
@@ -2755,7 +2688,7 @@ class Code:
         return (print, ("this code must not run",))
 
 
-# What replaces last.pt, made from a whole one. A first edition's has no format.
+# What replaces last.pt, made from a whole one.
 NO_CHECKPOINTS = {
     "another program": lambda whole: {"epoch": 3, "state_dict": whole["model"]},
     "weights alone": lambda whole: whole["model"],
@@ -2794,7 +2727,6 @@ def assert_refused(capsys, out, flags, message):
 def test_train_refuses_other_settings(photographs, tmp_path, capsys):
     out, flags = tmp_path / "out", ["--data", photographs, "--steps", 2]
     run_main(out, *flags)
-    (out / "unreadable.txt").write_text("of somebody")
     for more, message in (
         (["--gamma", 1, "--seed", 3], "seed was 0, is 3; gamma was 2.0, is 1.0"),
         (["--arch", "resnet34"], "arch was resnet18, is resnet34"),
@@ -2803,10 +2735,10 @@ def test_train_refuses_other_settings(photographs, tmp_path, capsys):
         (["--data", "nowhere"], "expected images below 'nowhere', found none"),
     ):
         assert_refused(capsys, out, [*flags, *more], message)
-    first_edition = checkpoint(out)
-    first_edition["core"] = first_edition.pop("model")
-    del first_edition["settings"]["format"]
-    torch.save(first_edition, out / "last.pt")
+    older = checkpoint(out)
+    older["core"] = older.pop("model")
+    del older["settings"]["format"]
+    torch.save(older, out / "last.pt")
     assert_refused(capsys, out, flags, "last.pt has other settings: format was None, is 2")
 
 
@@ -2831,7 +2763,6 @@ def test_train_refuses_other_settings(photographs, tmp_path, capsys):
         (["--threshold", "-1"], "expected --threshold >= 0, found -1"),
         (["--instance-weight", "-1"], "expected --instance-weight >= 0, found -1"),
         (["--temperature", "0"], "expected --temperature > 0, found 0"),
-        (["--hidden-dim", "-1"], "expected --hidden-dim > 0, found -1"),
         (["--hidden-dim", "0"], "expected --hidden-dim > 0, found 0"),
         (["--num-layers", "-1"], "expected --num-layers >= 0, found -1"),
         (["--device", "abacus"], "argument --device: invalid choice: 'abacus'"),
@@ -2839,11 +2770,9 @@ def test_train_refuses_other_settings(photographs, tmp_path, capsys):
         (["--objective", "simclr"], "found 'simclr'"),
         (["--obj", "pixpro"], "unrecognized arguments: --obj"),
         (["--lr", "0"], "expected --lr > 0, found 0"),
-        (["--lr", "-1"], "expected --lr > 0, found -1"),
         (["--lr", "nan"], "expected --lr > 0, found nan"),
         (["--lr", "inf"], "expected --lr > 0, found inf"),
         (["--data", ""], "expected images below '', found none"),
-        (["--data", "no-such-folder"], "expected images below 'no-such-folder', found none"),
         (["--data", "{}/none"], "none', found none"),
         (["--data", "{}/hidden"], "hidden', found none"),
         (["--out", "{}/notes.txt"], "notes.txt: File exists"),
@@ -3018,10 +2947,10 @@ def test_train_probe_finds_classes_that_are_linear_in_the_features():
 
 
 def test_train_probe_is_the_mean_over_the_classes_that_are_present_or_predicted():
-    # Of eight classes 0 and 1 alone occur. In the test a quarter of class 0 looks like class 1:
-    # IoU 12 / 16 of class 0, 16 / 20 of class 1, mean 77.5; the other six have no IoU.
-    masks = torch.tensor([0, 1]).repeat_interleave(16).view(1, 4, 8)
-    fitted, tested = revealed(masks), revealed(masks)
+    # Class 2 is in the fit alone and has no IoU. In the test a quarter of class 0 looks like class
+    # 1: IoU 12 / 16 of class 0, 16 / 20 of class 1, mean 77.5.
+    masks = torch.tensor([0, 1, 2]).repeat_interleave(16).view(1, 6, 8)
+    fitted, tested = revealed(masks), revealed(masks[:, :4])
     tested.images = tested.images.clone()
     tested.images[:, :, 0, :4] = 1
     with torch.no_grad():
@@ -3381,7 +3310,7 @@ def opened(source, name, message):
     first = next(k for k, statement in enumerate(body) if not is_kept(statement))
     start = body[first - 1].end_lineno if first > 0 else body[0].lineno - 1
     lines = source.splitlines(keepends=True)
-    line = f'{" " * body[0].col_offset}raise NotImplementedError("{message}")\n'
+    line = f"{' ' * body[0].col_offset}raise NotImplementedError({message!r})\n"
     return "".join([*lines[:start], line, *lines[body[-1].end_lineno :]])
 
 
@@ -3402,7 +3331,7 @@ def student_version(words):
     for word in words:
         exercise = EXERCISES[word]
         message = f"{exercise.place}, chapter {exercise.chapter} of tutorial.ipynb; "
-        message += exercise.command().replace('"', "'")
+        message += exercise.command()
         for name in exercise.functions.split():
             texts[exercise.file()] = opened(texts[exercise.file()], name, message)
         if exercise.slow:
@@ -3414,13 +3343,13 @@ def hand_out(words, folder):
     """Writes a copy of the project into a new folder, with these exercises open."""
     for word in words:
         if word not in EXERCISES:
-            sys.exit(f"expected exercises among {', '.join(EXERCISES)}, found {word!r}")
+            sys.exit(f"expected exercises among {', '.join(EXERCISES)} (with eq4), found {word!r}")
     if not words:
         sys.exit(f"expected exercises and then a folder, found {str(folder)!r} alone")
-    if folder.exists():
-        sys.exit(f"expected a folder that does not exist, found {str(folder)!r}")
-    folder.mkdir(parents=True)
+    if folder.exists() or HERE in folder.resolve().parents or str(folder) in EXERCISES:
+        sys.exit(f"expected a new folder outside of the project, found {str(folder)!r}")
     texts = student_version(words)
+    folder.mkdir(parents=True)
     for name in HANDED_OUT:
         if name in texts:
             (folder / name).write_text(texts[name], "utf-8")
@@ -3436,7 +3365,7 @@ def hand_out(words, folder):
 def grade(file):
     """Prints for each exercise whether this pixpro.py or train.py passes the tests here."""
     try:
-        source = Path(file).read_text("utf-8")
+        source = Path(file).read_text("utf-8-sig")  # with or without a byte order mark
         tree = ast.parse(source, file)
     except (OSError, SyntaxError, UnicodeDecodeError) as error:
         sys.exit(f"expected a file of Python that can be read, found {file}: {error}")
@@ -3460,23 +3389,20 @@ def grade(file):
         except subprocess.TimeoutExpired:
             sys.exit(f"expected an end within ten minutes, found none: does a loop of {file} end?")
     if done.returncode not in (0, 1):
-        [*_, reason] = ["", *re.findall(r"^E +(.+)$", done.stdout, re.MULTILINE)]
-        sys.exit(f"expected a {name} that can be imported, found {file}: {reason or done.stderr}")
+        reasons = re.findall(r"^E +(.+)$", done.stdout, re.MULTILINE) or [done.stderr]
+        sys.exit(f"expected a {name} that can be imported, found {file}: {reasons[-1]}")
     failures = re.findall(r"^(?:FAILED|ERROR) \S+::(\w+)\S* - (.*)$", done.stdout, re.MULTILINE)
     for word in words:
         exercise = EXERCISES[word]
-        is_open = [name for name in exercise.functions.split() if is_unwritten(find(tree, name))]
+        bodies = [find(tree, function) for function in exercise.functions.split()]
+        is_open = any(body is None or "NotImplementedError" in ast.unparse(body) for body in bodies)
         own = [f for f in failures if any(w in f[0] for w in exercise.tests.split(" or "))]
         verdict = "passed"
         if own:
             test, message = own[0]
             message = message.removeprefix("Failed: ").removeprefix("AssertionError: ")
-            verdict = f"failed  {test}: {message}"
-        print(f"{word:9} {'open' if is_open else verdict}")
-
-
-def is_unwritten(function):
-    return function is None or "NotImplementedError" in ast.unparse(function.body[-1])
+            verdict = "open" if is_open else f"failed  {test}: {message}"
+        print(f"{word:9} {verdict}")
 
 
 def list_exercises():
@@ -3487,34 +3413,12 @@ def list_exercises():
     print("python test_pixpro.py grade FILE          grades a pixpro.py or train.py")
 
 
-@pytest.mark.parametrize("word", EXERCISES)
-def test_handed_out_files_have_an_open_body_and_no_solution(word):
-    exercise = EXERCISES[word]
-    texts = student_version([word])
-    source, original = texts[exercise.file()], (HERE / exercise.file()).read_text()
-    for name in exercise.functions.split():
-        before, after = find(ast.parse(original), name), find(ast.parse(source), name)
-        assert ast.unparse(after.args) == ast.unparse(before.args)
-        assert ast.get_docstring(after) == ast.get_docstring(before)
-        *kept, last = after.body
-        assert ast.unparse(last).startswith("raise NotImplementedError")
-        assert [*map(ast.unparse, kept)] == [ast.unparse(s) for s in before.body if is_kept(s)]
-    others = [line for line in source.splitlines() if "NotImplementedError" not in line]
-    assert set(others) <= set(original.splitlines())
-    tests = ast.parse(texts["test_pixpro.py"])
-    names = [node.name for node in tests.body if isinstance(node, ast.FunctionDef)]
-    assert exercise.slow not in names
-    own = [name for name in names if any(w in name for w in exercise.tests.split(" or "))]
-    assert len(own) >= 3
-    assert not exercise.slow or any("authors" in name or "by_hand" in name for name in own)
-
-
 def test_handing_out_and_grading(tmp_path, capsys):
     folder = tmp_path / "class"
     hand_out(["eq6", "lars"], folder)
     assert sorted(path.name for path in folder.iterdir()) == sorted(HANDED_OUT)
     assert "pytest -k eq6 -x" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="a folder that does not exist"):
+    with pytest.raises(SystemExit, match="a new folder outside of the project"):
         hand_out(["eq6"], folder)
     with pytest.raises(SystemExit, match="among views, eq1.*found 'eq9'"):
         hand_out(["eq9"], tmp_path / "other")
@@ -3529,22 +3433,6 @@ def test_handing_out_and_grading(tmp_path, capsys):
     assert printed[1].startswith(failed) and printed[1].endswith("Perhaps there is no warm-up.")
     with pytest.raises(SystemExit, match="a file of Python"):
         grade(tmp_path / "nothing.py")
-
-
-def test_pages_name_the_exercises_as_the_table_does():
-    tutorial = json.loads((HERE / "tutorial.ipynb").read_text("utf-8"))
-    chapters = re.split(r"\n## (?=\d)", "\n".join("".join(c["source"]) for c in tutorial["cells"]))
-    commands = {f"`{exercise.command()}`" for exercise in EXERCISES.values()}
-    for page in (README, *chapters):
-        found = set(re.findall(r"`pytest -k [^`]* -x[^`]*`", page))
-        assert found <= commands, found - commands
-    for word, exercise in EXERCISES.items():
-        functions = ", ".join(f"`{name}`" for name in exercise.functions.split())
-        row = (
-            f"| `{word}` | {functions} | {exercise.place} | {exercise.chapter} | {exercise.hard} |"
-        )
-        assert row in README, row
-        assert f"`{exercise.command()}`" in chapters[exercise.chapter], word
 
 
 if __name__ == "__main__":

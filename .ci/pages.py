@@ -32,6 +32,22 @@ def check_readme():
     assert "pip install matplotlib ipykernel" in README
 
 
+def check_exercises():
+    """README and the tutorial name the exercises as the table of test_pixpro.py does."""
+    text = "\n".join("".join(cell["source"]) for cell in CELLS)
+    chapters = re.split(r"\n## (?=\d)", text)
+    exercises = test_pixpro.EXERCISES.items()
+    commands = {f"`{exercise.command()}`" for _, exercise in exercises}
+    for page in (README, *chapters):
+        found = set(re.findall(r"`pytest -k [^`]* -x[^`]*`", page))
+        assert found <= commands, found - commands
+    for word, exercise in exercises:
+        functions = ", ".join(f"`{name}`" for name in exercise.functions.split())
+        cells = [f"`{word}`", functions, exercise.place, str(exercise.chapter), exercise.hard]
+        assert f"| {' | '.join(cells)} |" in README, word
+        assert f"`{exercise.command()}`" in chapters[exercise.chapter], word
+
+
 def check_flags():
     ours = {"--" + name.replace("_", "-") for name in vars(train.parse([]))} | {"--help"}
     torchruns = {"--nproc", "--nnodes", "--standalone", "--max-restarts", "--rdzv"}
