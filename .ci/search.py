@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pixpro
 import train
 
+ROOT = Path(__file__).parents[1]
 # Each change: flags of train.py, or a value of the program in place of its own.
 CHANGES = {
     "none": [],
