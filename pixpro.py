@@ -266,7 +266,8 @@ def instance_loss(p, z_prime):
     if p.dim() != 2 or p.shape != z_prime.shape:
         raise ValueError(f"expected two [N, C], found {list(p.shape)} and {list(z_prime.shape)}")
     dtype = torch.promote_types(p.dtype, torch.float32)
-    return -F.cosine_similarity(p.to(dtype), z_prime.detach().to(dtype), dim=1).mean()
+    cosine = F.cosine_similarity(p.to(dtype), z_prime.detach().to(dtype), dim=1)  # [N]
+    return -cosine.mean()
 
 
 # ------------------------------------ Networks ------------------------------------
