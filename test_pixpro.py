@@ -175,6 +175,9 @@ def check_value(what, found, expected, mistakes=None, tolerance=1e-5):
         }
         reasons = [cause for value, cause in (mistakes or {}).items() if near(value)]
         reasons = reasons or [cause for cause, k in general.items() if near(k * expected)]
+        if not reasons:  # a known mistake and a sign
+            wrong = [(-torch.as_tensor(v), cause) for v, cause in (mistakes or {}).items()]
+            reasons = [f"{cause}; and the sign is wrong" for v, cause in wrong if near(v)]
     perhaps = f" Perhaps {', or '.join(reasons)}." if reasons else ""
     texts = [", ".join(f"{number:.6g}" for number in numbers) for numbers in (expected, found)]
     pytest.fail(f"{what}: expected {texts[0]}, found {texts[1]}.{perhaps}")
