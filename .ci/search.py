@@ -33,6 +33,7 @@ CHANGES = {
     "T0.35": ["--threshold", "0.35"],
     "T1": ["--threshold", "1"],
     "gamma1": ["--gamma", "1"],
+    "gamma4": ["--gamma", "4"],
     "tau0.2": ["--temperature", "0.2"],
     "width512": ["--hidden-dim", "512"],
     "images2048": [],
