@@ -478,8 +478,8 @@ def linear_probe(backbone, scenes, held_out, ignore=255):
     """Mean IoU in percent of a 1x1 convolution on frozen features, fitted by ridge regression.
 
     scenes, held_out: images uint8 [N, 3, h, w] and masks [N, h, w] of the classes 0 to K - 1.
-    Pixels of the label `ignore` count neither in the fit nor in the test. The mean is over the
-    classes that are present or predicted, at full resolution.
+    Pixels of the label `ignore` count neither in the fit nor in the test, which is at full
+    resolution.
     """
     # Features with a channel of ones, whose weight is the bias
     x, test = [
@@ -501,12 +501,16 @@ def linear_probe(backbone, scenes, held_out, ignore=255):
     logits = F.conv2d(test, weight[:, :, None, None])  # [N, C + 1, H, W] -> [N, K, H, W]
     logits = F.interpolate(logits, held_out.masks.shape[1:], mode="bilinear")  # [N, K, h, w]
     predicted = logits.argmax(1).cpu()  # [N, h, w]
+    return mean_iou(predicted, held_out.masks, len(classes), ignore)
 
+
+def mean_iou(predicted, masks, classes, ignore=255):
+    """Mean in percent over the classes 0 to classes - 1 that are present or predicted; [N, h, w]."""
+    counted = masks != ignore
     ious = []
-    counted = held_out.masks != ignore
-    for number in classes:
+    for number in range(classes):
         found = (predicted == number) & counted
-        true = held_out.masks == number
+        true = masks == number
         ious.append((found & true).sum() / (found | true).sum())
     return 100 * torch.stack(ious).nanmean().item()
 
