@@ -46,7 +46,7 @@ box(360, 340, 150, "projector", ORANGE, dash="12 7")
 for start, end in ((130, 166), (320, 356)):
     arrow((start, 372), (end, 372))
 arrow((510, 372), (650, 372), (780, 372))
-label(548, 362, "x′")
+label(548, 362, "x&#8242;")
 parts.append('<path d="M640 350 v44 M656 350 v44" stroke="#D00000" stroke-width="6"/>')
 label(648, 424, "no gradient", size=22, colour="#D00000")
 label(20, 440, "momentum encoder", colour=GREY, anchor="start")
@@ -54,7 +54,7 @@ label(20, 440, "momentum encoder", colour=GREY, anchor="start")
 # The moving average, from weight to weight
 for x in (245, 435):
     arrow((x, 128), (x, 332), colour=GREY, dash="4 7")
-label(452, 300, "p′ ← m p′ + (1 − m) p", size=24, colour=GREY, anchor="start")
+label(452, 300, "p&#8242; ← m p&#8242; + (1 &#8722; m) p", size=24, colour=GREY, anchor="start")
 
 # The pairs from the boxes, and the loss
 for y in (130, 334):

@@ -1,0 +1,131 @@
+"""Draws README's picture of features and its two curves, from runs/demo and .ci/results.
+
+python .ci/pictures.py
+"""
+
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.colors import ListedColormap
+from torchvision.transforms import v2
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import train
+from pixpro import Backbone
+
+ROOT = Path(__file__).parents[1]
+SHOWN = (8, 21, 34, 50, 60, 90, 117, 130)  # of the held-out scenes
+CLOSE = {"handlelength": 1, "handletextpad": 0.3, "columnspacing": 0.8, "fontsize": 13}
+# One colour for each of train.CLASSES.
+NAMES = ["skyblue", "whitesmoke", "slategray", "yellowgreen", "dimgray", "royalblue"]
+NAMES += ["darkgreen", "indianred"]
+CURVES = (
+    ("PixContrast", "#0072B2", "-s", "pixcontrast"),
+    ("PixPro", "#009E73", "-o", "pixpro"),
+    ("random*", "#777777", "--^", "random*"),
+)
+plt.rcParams.update({"font.size": 15, "axes.spines.top": False, "axes.spines.right": False})
+
+
+def prediction_of(backbone, scenes, held_out):
+    """What the linear probe says of the held-out scenes [N, h, w]."""
+    kept = []
+    mean_iou = train.mean_iou
+    train.mean_iou = lambda predicted, *rest: kept.append(predicted) or mean_iou(predicted, *rest)
+    train.linear_probe(backbone, scenes, held_out)
+    train.mean_iou = mean_iou
+    return kept[0]
+
+
+def draw_features():
+    torch.manual_seed(0)
+    before = Backbone("resnet18", "layer3")
+    after = Backbone("resnet18", "layer3")
+    after.body.load_state_dict(torch.load(ROOT / "runs/demo/backbone.pt", weights_only=True))
+    scenes = train.Scenes(train.PROBE_SCENES, 0, train.SCENES)
+    held_out = train.Scenes(train.PROBE_SCENES, 0, train.SCENES + train.PROBE_SCENES)
+    predicted = prediction_of(after, scenes, held_out)
+
+    images = v2.functional.resize(held_out.images[list(SHOWN)], [288])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "features.png")
+        train.save_picture(path, images, train.with_blocks_on(before), after)
+        rows = torch.from_numpy(plt.imread(path)[..., :3]).split(292)  # with a margin of 4
+    fig, axes = plt.subplots(5, 1, figsize=(11.6, 6.9))
+    for ax, row, name in zip(
+        axes, rows, ("scenes", "features,\nrandom*", "features,\npre-trained")
+    ):
+        ax.imshow(row)
+        ax.set_ylabel(name, rotation=0, ha="right", va="center")
+    for ax, masks, name in (
+        (axes[3], predicted, "linear\nprobe"),
+        (axes[4], held_out.masks, "truth"),
+    ):
+        strip = torch.full((148, 4 + 148 * len(SHOWN)), 8)
+        for place, number in enumerate(SHOWN):
+            strip[4:, 4 + 148 * place :][:144, :144] = masks[number]
+        ax.imshow(
+            strip, cmap=ListedColormap([*NAMES, "white"]), vmin=0, vmax=8, interpolation="nearest"
+        )
+        ax.set_ylabel(name, rotation=0, ha="right", va="center")
+    for ax in axes:
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    patches = [plt.Rectangle((0, 0), 1, 1, facecolor=n, edgecolor="black") for n in NAMES]
+    fig.legend(patches, train.CLASSES, loc="lower center", ncol=8, frameon=False, **CLOSE)
+    fig.subplots_adjust(hspace=0.04, bottom=0.05, top=1)
+    fig.savefig(ROOT / ".github/features.png", dpi=90, bbox_inches="tight")
+
+
+def rows_of(name):
+    return [json.loads(line) for line in (ROOT / ".ci/results" / name).read_text().splitlines()]
+
+
+def draw_labels():
+    """Mean IoU after fine-tuning over the number of labels; the band is one deviation."""
+    fig, ax = plt.subplots(figsize=(8, 5))
+    for name, colour, style, words in CURVES:
+        points = {}
+        for row in rows_of("photographs.jsonl"):
+            if row["kind"] == "test" and "labels" in row and words in row["backbone"]:
+                points.setdefault(row["labels"], []).append(row["miou"])
+        labels = sorted(points)
+        mean = np.array([np.mean(points[n]) for n in labels])
+        deviation = np.array([np.std(points[n], ddof=1) for n in labels])
+        ax.plot(labels, mean, style, color=colour, label=name)
+        ax.fill_between(labels, mean - deviation, mean + deviation, color=colour, alpha=0.2)
+    ax.set(xscale="log", xlabel="labelled photographs", ylabel="fine-tuned, mean IoU in percent")
+    ax.set_xticks(labels, labels)
+    ax.minorticks_off()
+    ax.legend(frameon=False)
+    fig.savefig(ROOT / ".github/labels.png", dpi=80, bbox_inches="tight")
+
+
+def draw_steps():
+    """The probe along the two long runs."""
+    fig, ax = plt.subplots(figsize=(8, 5))
+    for name, colour, style, words in CURVES:
+        points = {}
+        for row in rows_of("photographs.jsonl"):
+            found = re.search(rf"long-{words}/backbone-(\d+).pt", row["backbone"])
+            if found and row["kind"] == "test":
+                points[int(found[1])] = row["miou"]
+        ax.plot(
+            sorted(points), [points[n] for n in sorted(points)], style, color=colour, label=name
+        )
+    ax.set(xlabel="steps of pre-training", ylabel="linear probe, mean IoU in percent")
+    ax.legend(frameon=False)
+    fig.savefig(ROOT / ".github/steps.png", dpi=80, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    draw_features()
+    draw_labels()
+    draw_steps()
