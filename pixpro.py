@@ -89,8 +89,8 @@ class TwoViews:
 
 def random_colour(blur, solarize):
     """The colour changes of BYOL, then normalisation. blur, solarize: their probabilities."""
-    # brightness, contrast, saturation, hue
-    jitter = [v2.ColorJitter(0.4), v2.ColorJitter(0, 0.4), v2.ColorJitter(0, 0, 0.2), random_hue]
+    jitter = [v2.ColorJitter(brightness=0.4), v2.ColorJitter(contrast=0.4)]
+    jitter += [v2.ColorJitter(saturation=0.2), random_hue]
     steps = [
         v2.ToDtype(torch.float32, scale=True),
         v2.RandomApply([v2.RandomOrder(jitter)], p=0.8),
