@@ -163,7 +163,7 @@ def load_image(path):
     """The RGB image that a viewer shows: upright, first frame, opaque, the upper 8 of 16 bits."""
     image = ImageOps.exif_transpose(Image.open(path))
     if image.mode.startswith("I"):  # 16 bits
-        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype("uint8"))
     return image.convert("RGB")
 
 
