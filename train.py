@@ -505,7 +505,7 @@ def linear_probe(backbone, scenes, held_out, ignore=255):
 
 
 def mean_iou(predicted, masks, classes, ignore=255):
-    """Mean in percent over the classes 0 to classes - 1 that are present or predicted; [N, h, w]."""
+    """Mean in percent over the classes below `classes` that are present or predicted; [N, h, w]."""
     counted = masks != ignore
     ious = []
     for number in range(classes):
