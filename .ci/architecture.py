@@ -21,11 +21,16 @@ def label(x, y, text, size=26, colour="black", anchor="middle"):
     parts.append(f'<text x="{x}" y="{y}" {style}>{text}</text>')
 
 
-def arrow(*points, colour="black", dash=""):
-    path = " ".join(f"{x},{y}" for x, y in points)
-    style = f'fill="none" stroke="{colour}" stroke-width="4" stroke-dasharray="{dash}"'
-    head = colour.strip("#")
-    parts.append(f'<polyline points="{path}" {style} marker-end="url(#{head})"/>')
+def arrow(start, end, colour="black", dash=""):
+    """Straight, across or down: its head is a triangle whose tip is the end."""
+    (x0, y0), (x1, y1) = start, end
+    length = abs(x1 - x0) + abs(y1 - y0)
+    dx, dy = (x1 - x0) / length, (y1 - y0) / length
+    x, y = x1 - 14 * dx, y1 - 14 * dy  # where the line ends and the head begins
+    style = f'stroke="{colour}" stroke-width="4" stroke-dasharray="{dash}"'
+    parts.append(f'<line x1="{x0}" y1="{y0}" x2="{x}" y2="{y}" {style}/>')
+    head = f"M{x1} {y1} L{x - 7 * dy} {y - 7 * dx} L{x + 7 * dy} {y + 7 * dx} z"
+    parts.append(f'<path d="{head}" fill="{colour}"/>')
 
 
 # The online encoder, with the gradient
@@ -45,7 +50,7 @@ box(170, 340, 150, "backbone", ORANGE, dash="12 7")
 box(360, 340, 150, "projector", ORANGE, dash="12 7")
 for start, end in ((130, 166), (320, 356)):
     arrow((start, 372), (end, 372))
-arrow((510, 372), (650, 372), (780, 372))
+arrow((510, 372), (780, 372))
 label(548, 362, "x&#8242;")
 parts.append('<path d="M640 350 v44 M656 350 v44" stroke="#D00000" stroke-width="6"/>')
 label(648, 424, "no gradient", size=22, colour="#D00000")
@@ -67,13 +72,7 @@ box(784, 60, 100, "", GREEN, height=344)
 label(834, 226, "loss")
 label(834, 250, "Eq. 5", size=21, colour=GREY)
 
-heads = [
-    f'<marker id="{colour.strip("#")}" markerWidth="4" markerHeight="4" refX="2.4" refY="2" '
-    f'orient="auto"><path d="M0 0 L4 2 L0 4 z" fill="{colour}"/></marker>'
-    for colour in ("black", GREEN, GREY)
-]
 svg = f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 460" font-family="sans-serif">
-<defs>{"".join(heads)}</defs>
 <rect width="900" height="460" rx="14" fill="white"/>
 {chr(10).join(parts)}
 </svg>
