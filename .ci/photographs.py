@@ -63,7 +63,7 @@ def main():
     parser.add_argument("kind", choices=["search", "test"])
     parser.add_argument("backbones", nargs="+")
     parser.add_argument("--labels", type=int, help="fine-tune on so many photographs")
-    parser.add_argument("--rate", type=float, default=1e-3, help="of fine-tuning")
+    parser.add_argument("--rate", type=float, default=3e-3, help="of fine-tuning")
     parser.add_argument("--seed", type=int, default=0, help="of the head, the choice and the order")
     args = parser.parse_args()
 
