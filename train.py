@@ -557,16 +557,18 @@ def draw_scene(seed, number, size):
 
     # A layer is its class, where it is, its colour and its shade from pixel to pixel.
     ridge = horizon - rng.uniform(0.05, 0.15) + 0.06 * smooth[0]
+    slope = np.roll(rough, 2, 1) - rough
     river = np.abs(depth + 0.06 * smooth - rng.uniform(0.1, 0.8)) < rng.uniform(0.05, 0.2)
     road = np.abs(x - rng.uniform(-0.2, 1.2) - rng.uniform(-0.6, 0.6) * depth)
     road = road / (0.02 + 0.2 * depth)  # 0 in its middle, 1 at its edges
+    line = road < 0.06
     layers = [
         ("sky", y >= 0, sky, 0.9 * y / horizon),
         ("cloud", rng.uniform(0, 1.2) + 2 * y < smooth.T, 0.85, 0.08 * rough),
-        ("mountain", y > ridge, 0.5 * sky + 0.2, 0.2 * (np.roll(rough, 2, 1) - rough)),
+        ("mountain", y > ridge, 0.5 * sky + 0.2, 0.2 * slope),
         ("meadow", land, (0.38, 0.48, 0.22), 0.1 * smooth + 0.3 * depth * grain),
         ("water", land & river, 0.6 * sky + (0.1, 0.2, 0.25), 0.15 * rough.T),
-        ("road", land & (road < 1), (0.45, 0.43, 0.43), 0.06 * grain + 0.4 * (road < 0.06)),
+        ("road", land & (road < 1), (0.45, 0.43, 0.43), 0.06 * grain + 0.4 * line),
     ]
 
     # Trees and houses, the farthest first. u runs from their middle, v upward from their foot.
@@ -576,7 +578,8 @@ def draw_scene(seed, number, size):
         v = (near - depth) * (1 - horizon) / height
         if rng.random() < 0.4:
             walls = (u < 0.55) & (v > 0) & (v < 1.1 - 0.9 * u)
-            windows = (np.abs(7 * u % 2 - 1) < 0.4) & (np.abs(v - 0.32) < 0.14)
+            windows = np.abs(7 * u % 2 - 1) < 0.4
+            windows &= np.abs(v - 0.32) < 0.14
             layers.append(("house", walls, (0.7, 0.6, 0.5), 0.03 * grain - 0.5 * windows))
         else:
             crown = np.hypot(u / 0.42, (v - 0.6) / 0.6) + 0.1 * grain < 1
@@ -594,7 +597,8 @@ def draw_scene(seed, number, size):
 
 def noise(rng, size, slope):
     """A random field [size, size] of deviation 1, the smoother the larger slope is."""
-    frequency = size * np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size))
+    down, across = np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)
+    frequency = size * np.hypot(down, across)
     spectrum = np.fft.rfft2(rng.standard_normal((size, size))) / np.maximum(frequency, 1) ** slope
     field = np.fft.irfft2(spectrum, (size, size)).astype(np.float32)
     return field / field.std()

@@ -10,7 +10,7 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LIMITS = {"pixpro.py": (480, 3200), "train.py": (604, 5081)}  # lines, tokens
+LIMITS = {"pixpro.py": (480, 3200), "train.py": (608, 5085)}  # lines, tokens
 BREAKS = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
