@@ -52,8 +52,9 @@ def check_flags():
     ours = {"--" + name.replace("_", "-") for name in vars(train.parse([]))} | {"--help"}
     torchruns = {"--nproc", "--nnodes", "--standalone", "--max-restarts", "--rdzv"}
     slurms = {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--requeue"}
+    scripts = {"--labels"}  # of .ci/photographs.py
     flags = set(re.findall(r"(?<![-|])--[a-z][a-z-]*", README))
-    assert flags <= ours | torchruns | slurms, flags - ours
+    assert flags <= ours | torchruns | slurms | scripts, flags - ours
 
 
 def check_notebook_outputs():
