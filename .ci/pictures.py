@@ -21,8 +21,8 @@ import train
 from pixpro import Backbone
 
 ROOT = Path(__file__).parents[1]
-SHOWN = (8, 21, 34, 50, 60, 90, 117, 130)  # of the held-out scenes
-CLOSE = {"handlelength": 1, "handletextpad": 0.3, "columnspacing": 0.8, "fontsize": 13}
+SHOWN = (8, 34, 60, 90, 130)  # of the held-out scenes
+CLOSE = {"handlelength": 1, "handletextpad": 0.4, "columnspacing": 1, "fontsize": 20}
 # One colour for each of train.CLASSES.
 NAMES = ["skyblue", "whitesmoke", "slategray", "yellowgreen", "dimgray", "royalblue"]
 NAMES += ["darkgreen", "indianred"]
@@ -58,12 +58,12 @@ def draw_features():
         path = Path(folder, "features.png")
         train.save_picture(path, images, train.with_blocks_on(before), after)
         rows = torch.from_numpy(plt.imread(path)[..., :3]).split(292)  # with a margin of 4
-    fig, axes = plt.subplots(5, 1, figsize=(11.6, 6.9))
+    fig, axes = plt.subplots(5, 1, figsize=(9, 8))
     for ax, row, name in zip(
         axes, rows, ("scenes", "features,\nrandom*", "features,\npre-trained")
     ):
         ax.imshow(row)
-        ax.set_ylabel(name, rotation=0, ha="right", va="center")
+        ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=20)
     for ax, masks, name in (
         (axes[3], predicted, "linear\nprobe"),
         (axes[4], held_out.masks, "truth"),
@@ -74,13 +74,13 @@ def draw_features():
         ax.imshow(
             strip, cmap=ListedColormap([*NAMES, "white"]), vmin=0, vmax=8, interpolation="nearest"
         )
-        ax.set_ylabel(name, rotation=0, ha="right", va="center")
+        ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=20)
     for ax in axes:
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
     patches = [plt.Rectangle((0, 0), 1, 1, facecolor=n, edgecolor="black") for n in NAMES]
-    fig.legend(patches, train.CLASSES, loc="lower center", ncol=8, frameon=False, **CLOSE)
-    fig.subplots_adjust(hspace=0.04, bottom=0.05, top=1)
+    fig.legend(patches, train.CLASSES, loc="lower center", ncol=4, frameon=False, **CLOSE)
+    fig.subplots_adjust(hspace=0.04, bottom=0.13, top=1)
     fig.savefig(ROOT / ".github/features.png", dpi=90, bbox_inches="tight")
 
 
@@ -90,7 +90,7 @@ def rows_of(name):
 
 def draw_labels():
     """Mean IoU after fine-tuning over the number of labels; the band is one deviation."""
-    fig, ax = plt.subplots(figsize=(8, 5))
+    fig, ax = plt.subplots(figsize=(7, 4.6))
     for name, colour, style, words in CURVES:
         points = {}
         for row in rows_of("photographs.jsonl"):
@@ -101,7 +101,7 @@ def draw_labels():
         deviation = np.array([np.std(points[n], ddof=1) for n in labels])
         ax.plot(labels, mean, style, color=colour, label=name)
         ax.fill_between(labels, mean - deviation, mean + deviation, color=colour, alpha=0.2)
-    ax.set(xscale="log", xlabel="labelled photographs", ylabel="fine-tuned, mean IoU in percent")
+    ax.set(xscale="log", xlabel="labelled photographs", ylabel="fine-tuned, mIoU in percent")
     ax.set_xticks(labels, labels)
     ax.minorticks_off()
     ax.legend(frameon=False)
@@ -109,18 +109,26 @@ def draw_labels():
 
 
 def draw_steps():
-    """The probe along the two long runs."""
-    fig, ax = plt.subplots(figsize=(8, 5))
-    for name, colour, style, words in CURVES:
-        points = {}
-        for row in rows_of("photographs.jsonl"):
-            found = re.search(rf"long-{words}/backbone-(\d+).pt", row["backbone"])
-            if found and row["kind"] == "test":
-                points[int(found[1])] = row["miou"]
-        ax.plot(
-            sorted(points), [points[n] for n in sorted(points)], style, color=colour, label=name
-        )
-    ax.set(xlabel="steps of pre-training", ylabel="linear probe, mean IoU in percent")
+    """The probe along the runs, a line for each."""
+    runs, random = {}, []
+    for row in rows_of("photographs.jsonl"):
+        if row["kind"] != "test" or "labels" in row:
+            continue
+        if row["backbone"].startswith("random*"):
+            random.append(row["miou"])
+        elif found := re.match(r"runs/(.+)/backbone-(\d+).pt", row["backbone"]):
+            runs.setdefault(found[1], {})[int(found[2])] = row["miou"]
+
+    fig, ax = plt.subplots(figsize=(7, 4.6))
+    for name, colour, style, words in CURVES[:2]:
+        of_this = [run for run in runs if re.fullmatch(rf"{words}-\d|long-{words}", run)]
+        for number, run in enumerate(of_this):
+            steps = sorted(runs[run])
+            label = name if number == 0 else None
+            ax.plot(steps, [runs[run][n] for n in steps], style, color=colour, label=label)
+    name, colour, _, _ = CURVES[2]
+    ax.axhline(np.mean(random), linestyle="--", color=colour, label=name)
+    ax.set(xlabel="steps of pre-training", ylabel="linear probe, mIoU in percent")
     ax.legend(frameon=False)
     fig.savefig(ROOT / ".github/steps.png", dpi=80, bbox_inches="tight")
 

@@ -92,7 +92,7 @@ def main(method, optimizer_name, rate, steps, folder, out):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-        if (step + 1) % 10 == 0:
+        if (step + 1) % 10 == 0 or step + 1 == steps:
             row = {"step": step + 1, "loss": round(sum(losses) / len(losses), 4)}
             losses.clear()
             if (step + 1) % EVERY == 0 or step + 1 == steps:
