@@ -3163,6 +3163,9 @@ def test_readme_snippets_run(snippet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     torch.save(Backbone("resnet50").body.state_dict(), "backbone.pt")
+    if "runs/demo" in snippet:
+        Path("runs/demo").mkdir(parents=True)
+        torch.save(Backbone("resnet18", "layer3").body.state_dict(), "runs/demo/backbone.pt")
     if "heads.pt" in snippet:
         torch.save(Heads("resnet50").state_dict(), "heads.pt")
     if "module.encoder." in snippet:
