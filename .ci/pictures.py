@@ -89,7 +89,7 @@ def rows_of(name):
 
 
 def draw_labels():
-    """Mean IoU after fine-tuning over the number of labels; the band is one deviation."""
+    """Mean IoU after fine-tuning over the number of labels: each run, and a line for the means."""
     fig, ax = plt.subplots(figsize=(7, 4.6))
     for name, colour, style, words in CURVES:
         points = {}
@@ -97,10 +97,10 @@ def draw_labels():
             if row["kind"] == "test" and "labels" in row and words in row["backbone"]:
                 points.setdefault(row["labels"], []).append(row["miou"])
         labels = sorted(points)
-        mean = np.array([np.mean(points[n]) for n in labels])
-        deviation = np.array([np.std(points[n], ddof=1) for n in labels])
+        for n in labels:
+            ax.plot([n] * len(points[n]), points[n], style[-1], color=colour, markersize=4)
+        mean = [np.mean(points[n]) for n in labels]
         ax.plot(labels, mean, style, color=colour, label=name)
-        ax.fill_between(labels, mean - deviation, mean + deviation, color=colour, alpha=0.2)
     ax.set(xscale="log", xlabel="labelled photographs", ylabel="fine-tuned, mIoU in percent")
     ax.set_xticks(labels, labels)
     ax.minorticks_off()
