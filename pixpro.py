@@ -4,7 +4,7 @@ In the order of the paper "Propagate Yourself" (Xie et al., CVPR 2021; arXiv 201
 
 Sec. 3.1  Two random crops of an image become two views, which keep their boxes in the image.
 Eq. 1     Pixels (cells of the two feature maps) that lie close in the image are positive pairs.
-Eq. 2     PixContrast, the baseline: InfoNCE over the pixels of one image.
+Eq. 2     PixContrast, the baseline: InfoNCE over the pixels of the other view of the image.
 Eq. 3, 4  The pixel propagation module smooths the online encoder's map.
 Eq. 5     PixPro pulls it towards the momentum encoder's map of the other view, without negatives.
 Eq. 6     An instance-level loss can share the backbone; levels of a head network the loss (3.3).
@@ -66,7 +66,7 @@ class TwoViews:
             image = v2.functional.pil_to_tensor(image.convert("RGB"))  # [3, h, w]
         if not torch.is_tensor(image) or image.dtype != torch.uint8:
             raise TypeError(f"expected uint8 or PIL, found {getattr(image, 'dtype', type(image))}")
-        if image.dim() != 3 or len(image) != 3:
+        if image.ndim != 3 or len(image) != 3:
             raise ValueError(f"expected an RGB image [3, h, w], found {list(image.shape)}")
         view_1, box_1 = self.crop(image)
         view_2, box_2 = self.crop(image)
@@ -80,7 +80,7 @@ class TwoViews:
         crop = v2.RandomResizedCrop.get_params(image, self.scale, ratio=(3 / 4, 4 / 3))
         view = v2.functional.resized_crop(image, *crop, [self.size, self.size])  # [3, size, size]
         top, left, height, width = crop
-        box = torch.tensor([left, top, left + width, top + height], dtype=torch.float32)  # [4]
+        box = torch.tensor([left, top, left + width, top + height]).float()  # [4]
         if torch.rand(()) < 0.5:
             view = v2.functional.horizontal_flip(view)
             box = box[[2, 1, 0, 3]]  # x0 and x1 change places
@@ -106,12 +106,12 @@ def random_hue(view):
     """Shifts the hue by U(-0.1, 0.1), as v2.functional.adjust_hue does, in a third of its time."""
     r, g, b = view  # [h, w] each
     value = view.amax(0)
-    chroma = value - view.amin(0) + 1e-8
+    chroma = value - view.amin(0) + 1e-8  # grey has no hue, and must not become 0 / 0
 
     # The hue in sixths of the circle: red is 0, green 2, blue 4.
     hue = torch.where(value == g, 2 + (b - r) / chroma, 4 + (r - g) / chroma)
     hue = torch.where(value == r, (g - b) / chroma, hue)
-    hue = hue + torch.empty(()).uniform_(-0.6, 0.6)
+    hue += torch.empty(()).uniform_(-0.6, 0.6)
 
     # A channel is at `value` within a sixth of its hue, at `value - chroma` from two sixths on.
     distance = hue - torch.tensor([0.0, 2.0, 4.0])[:, None, None]  # [h, w] -> [3, h, w]
@@ -137,7 +137,7 @@ def positive_pairs(box_1, box_2, size, threshold=0.7):
     size: (H, W) of the map. Returns bool [N, HW, HW]: rows view 1, columns view 2. Raises
     ValueError for boxes of other shapes and for T < 0.
     """
-    if box_1.shape != box_2.shape or box_1.dim() != 2 or box_1.shape[1] != 4:
+    if box_1.shape != box_2.shape or box_1.ndim != 2 or box_1.shape[1] != 4:
         raise ValueError(f"expected boxes [N, 4], found {list(box_1.shape)}, {list(box_2.shape)}")
     if not threshold >= 0:
         raise ValueError(f"expected threshold >= 0, found {threshold}")
@@ -155,8 +155,8 @@ def bin_centres(box, size):
     x0, y0, x1, y1 = box.float().split(1, dim=1)  # [N, 4] -> 4 of [N, 1]
     width = (x1 - x0) / W  # of a bin; negative in a mirrored view
     height = (y1 - y0) / H
-    x = x0 + width * (torch.arange(W, device=box.device) + 0.5)  # [N, W]
-    y = y0 + height * (torch.arange(H, device=box.device) + 0.5)  # [N, H]
+    x = x0 + width * torch.arange(0.5, W, device=box.device)  # [N, W]
+    y = y0 + height * torch.arange(0.5, H, device=box.device)  # [N, H]
     grid = torch.broadcast_tensors(x[:, None, :], y[:, :, None])  # [N, H, W] each
     centres = torch.stack(grid, dim=3).flatten(1, 2)  # [N, H, W, 2] -> [N, HW, 2]
     return centres, torch.hypot(width, height)
@@ -186,7 +186,7 @@ def pixcontrast_loss(x, x_prime, positives, temperature=0.3):
 
 
 def pixel_cosine(x, x_prime):
-    """cos(x_i, x'_j) of two maps [N, C, H, W] -> [N, HW, HW], in float32 under autocast too."""
+    """cos(x_i, x'_j) of two maps [N, C, H, W] -> [N, HW, HW], under autocast in float32 too."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         x = F.normalize(x.to(dtype).flatten(2), dim=1)  # [N, C, H, W] -> [N, C, HW]
@@ -195,7 +195,7 @@ def pixel_cosine(x, x_prime):
 
 
 def mean_over_images(value, mask):
-    """Mean of value [N, ...] where mask is True, per image, then over images with any; else 0."""
+    """Mean of value [N, ...] where mask is True, per image, then over images with any, else 0."""
     count = mask.flatten(1).sum(1)  # [N, ...] -> [N]
     total = (value * mask).flatten(1).sum(1)  # [N, ...] -> [N]
     mean = total / count.clamp(min=1)
@@ -236,7 +236,7 @@ class PixelPropagation(nn.Module):
         self.transform = nn.Sequential(*layers[:-2])  # it ends with a convolution
 
     def forward(self, x):
-        if x.dim() != 4 or x.shape[1] != self.dim:
+        if x.ndim != 4 or x.shape[1] != self.dim:
             raise ValueError(f"expected a map [N, {self.dim}, H, W], found {list(x.shape)}")
         # For gamma < 1 the gradient of pow at 0 is infinite; that of relu replaces it by exactly 0.
         s = F.relu(pixel_cosine(x, x)).pow(self.gamma)  # Eq. 4, [N, HW, HW]
@@ -263,7 +263,7 @@ def instance_loss(p, z_prime):
     p: [N, C], the online prediction; z_prime: [N, C], the momentum projection, no gradient into it.
     Returns a scalar in [-1, 1]. Raises ValueError for other shapes.
     """
-    if p.dim() != 2 or p.shape != z_prime.shape:
+    if p.ndim != 2 or p.shape != z_prime.shape:
         raise ValueError(f"expected two [N, C], found {list(p.shape)} and {list(z_prime.shape)}")
     dtype = torch.promote_types(p.dtype, torch.float32)
     cosine = F.cosine_similarity(p.to(dtype), z_prime.detach().to(dtype), dim=1)  # [N]
@@ -337,7 +337,7 @@ def momentum_at(step, total_steps, base=0.99):
 
 @torch.no_grad()
 def ema_update(online, momentum, m):
-    """p' <- m p' + (1 - m) p for the parameters of two equal modules; BatchNorm's buffers stay."""
+    """p' <- m p' + (1 - m) p for the parameters of two like modules; BatchNorm's buffers stay."""
     if not 0 <= m <= 1:
         raise ValueError(f"expected m in [0, 1], found {m}")
     for p, p_prime in zip(online.parameters(), momentum.parameters(), strict=True):
@@ -347,7 +347,7 @@ def ema_update(online, momentum, m):
 class Output(NamedTuple):
     """What PixPro.forward returns: scalars, of which only the loss has a gradient."""
 
-    loss: torch.Tensor  # Eq. 5 or Eq. 6, both directions; Eq. 5 lies in [-2, 2]
+    loss: torch.Tensor  # Eq. 5, 2 or 6, both directions; Eq. 5 lies in [-2, 2]
     similarity: torch.Tensor  # mean cos(x_i, x'_j) of the positive pairs, without propagation
     positives: torch.Tensor  # positive pairs per image, mean over the levels
     spread: torch.Tensor  # of the pixels x on the unit sphere: 1 spread out, 0 collapsed
@@ -355,7 +355,8 @@ class Output(NamedTuple):
 
 def feature_spread(x):
     """Standard deviation of the unit vectors x_i / |x_i|, times sqrt(C): [N, C, H, W] -> scalar."""
-    deviation = F.normalize(x.float(), dim=1).std((0, 2, 3), correction=0)  # [C]
+    unit = F.normalize(x.float(), dim=1)  # [N, C, H, W]
+    deviation = unit.std((0, 2, 3), correction=0)  # [C]
     return deviation.mean() * math.sqrt(len(deviation))
 
 
@@ -405,7 +406,7 @@ class PixPro(nn.Module):
         self.projector = projection_head(backbone.out_channels, hidden_dim, dim)
         if objective == "pixpro":
             self.propagation = PixelPropagation(dim, gamma, num_layers)
-        self.momentum_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
+        self.momentum_backbone = copy.deepcopy(backbone).requires_grad_(False)
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
         if instance_weight:
             self.instance_projector = projection_head(backbone.out_channels, hidden_dim, dim)
@@ -429,7 +430,7 @@ class PixPro(nn.Module):
             maps_prime_1 = self.momentum_backbone(view_1)
             maps_prime_2 = self.momentum_backbone(view_2)
 
-        # Sec. 3.3: a head network returns a dict of levels, from fine to coarse.
+        # Sec. 3.3: a head network returns a dict of levels, fine to coarse. The loss is their mean.
         levels = [(maps_1, maps_2, maps_prime_1, maps_prime_2)]
         if isinstance(maps_1, dict):
             levels = [(maps_1[k], maps_2[k], maps_prime_1[k], maps_prime_2[k]) for k in maps_1]
@@ -441,13 +442,12 @@ class PixPro(nn.Module):
             x_prime_1 = self.momentum_projector(map_prime_1)  # no gradient: frozen weights
             x_prime_2 = self.momentum_projector(map_prime_2)
             outputs.append(self.pixel_level(x_1, x_2, x_prime_1, x_prime_2, box_1, box_2))
-        mean = Output(*[torch.stack(field).mean() for field in zip(*outputs)])  # over the levels
+        loss, similarity, positives, spread = [torch.stack(field).mean() for field in zip(*outputs)]
 
         # Eq. 6: L = L_PixPro + alpha L_inst, with the coarsest level
-        loss = mean.loss
         if self.instance_weight:
             loss = loss + self.instance_weight * self.instance_level(*levels[-1])
-        return Output(loss, mean.similarity, mean.positives, mean.spread)
+        return Output(loss, similarity, positives, spread)
 
     def pixel_level(self, x_1, x_2, x_prime_1, x_prime_2, box_1, box_2):
         """Eq. 5 (or Eq. 2) in both directions; projected maps [N, dim, H, W] of both encoders."""

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from torchvision.utils import save_image
@@ -101,7 +101,7 @@ def parse(argv):
 def lr_at(step, total_steps, warmup_steps, peak, floor=1e-6):
     """Learning rate: linear from peak / 100 to the peak, then half a cosine down to the floor.
 
-    The peak is at step warmup_steps, which may be 0, and beyond total_steps.
+    The peak is at step warmup_steps, which may be 0 or larger than total_steps.
     """
     if step < warmup_steps:
         return peak * (0.01 + 0.99 * step / warmup_steps)
@@ -137,7 +137,7 @@ class LARS(torch.optim.Optimizer):
                     g.add_(p, alpha=group["weight_decay"])
                     scale = group["trust_coefficient"] * p.norm() / (g.norm() + group["eps"])
                     g.mul_(torch.where(scale > 0, scale, 1.0))
-                if "v" not in self.state[p]:
+                if p not in self.state:
                     self.state[p]["v"] = torch.zeros_like(p)
                 v = self.state[p]["v"].mul_(group["momentum"]).add_(g)
                 p.sub_(v, alpha=group["lr"])
@@ -146,7 +146,7 @@ class LARS(torch.optim.Optimizer):
 
 # ------------------------------------ Data ------------------------------------
 def find_images(folder, out):
-    """Paths of the images below a folder, without hidden ones and those that are written to out."""
+    """Paths of the images below a folder, without hidden ones and those below out."""
     paths = []
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if name[0] != "."]
@@ -244,7 +244,7 @@ def save(path, state):
 
 
 def save_checkpoint(out, settings, step, parts):
-    """Writes last.pt: all that the next step depends on besides the settings."""
+    """Writes last.pt: all that the next step depends on. Ends the run at weights not finite."""
     state = {name: part.state_dict() for name, part in parts.items()}
     if not all(tensor.isfinite().all() for tensor in state["model"].values()):
         stop(f"the weights are not finite at step {step}; try a lower --lr, with another --out")
@@ -256,7 +256,7 @@ def save_checkpoint(out, settings, step, parts):
 def resume(out, settings, parts):
     """Loads last.pt, if there is one, and returns the number of steps done.
 
-    Refuses other files and runs with other settings. Removes later records from metrics.jsonl.
+    Refuses other files and other settings. Removes later records and an earlier backbone.pt.
     """
     path = out / "last.pt"
     checkpoint = {"step": 0, "metrics_size": 0}
@@ -337,7 +337,7 @@ def main(argv=None):
     settings["format"] = FORMAT
     step = resume(out, settings, parts)
 
-    # DDP waits for all ranks, so that rank 0 writes only after all have read last.pt.
+    # DDP waits for all ranks, so that rank 0 saves only after all have read last.pt.
     network = torch.nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
     network = torch.compile(network) if args.compile else network
 
@@ -350,7 +350,8 @@ def main(argv=None):
     loader = DataLoader(samples, batch_sampler=batches, num_workers=args.workers, pin_memory=pin)
     if rank == 0:
         print(f"{args.out}: {args.arch} on {len(images)} images, {device}, {args.amp}, step {step}")
-    printed, printed_step, saved = time.monotonic(), step, time.monotonic()
+    printed = saved = time.monotonic()
+    printed_step = step
     outputs = []
     for batch in loader:
         batch = [tensor.to(device, non_blocking=True) for tensor in batch]
@@ -434,7 +435,7 @@ def finish(args, out, images, initial, trained):
     if args.data is not None:
         square = Samples(images, lambda image: ImageOps.fit(image, [2 * args.size] * 2), args.seed)
         shown = [v2.functional.pil_to_tensor(square[n]) for n in range(min(8, len(images)))]
-        shown = torch.stack(shown)  # [8, 3, 2 size, 2 size]
+        shown = torch.stack(shown)  # [8 or fewer, 3, 2 size, 2 size]
     else:
         scenes = Scenes(PROBE_SCENES, args.seed, SCENES)
         held_out = Scenes(PROBE_SCENES, args.seed, SCENES + PROBE_SCENES)
@@ -505,7 +506,7 @@ def linear_probe(backbone, scenes, held_out, ignore=255):
 
 
 def mean_iou(predicted, masks, classes, ignore=255):
-    """Mean in percent over the classes below `classes` that are present or predicted; [N, h, w]."""
+    """Mean IoU in percent over the numbers below `classes` that are present or predicted."""
     counted = masks != ignore
     ious = []
     for number in range(classes):
@@ -521,7 +522,7 @@ def save_picture(path, images, *backbones):
     for backbone in backbones:
         maps = frozen_features(backbone, images).cpu().permute(0, 2, 3, 1)  # [N, H, W, C]
         centred = (maps - maps.mean((0, 1, 2))).flatten(0, 2)  # [N, H, W, C] -> [NHW, C]
-        scores = torch.linalg.svd(centred, full_matrices=False)[0][:, :3]  # [NHW, 3]
+        scores = torch.linalg.svd(centred, full_matrices=False).U[:, :3]  # [NHW, 3]
         colours = torch.sigmoid(1.3 * scores / scores.std(0))
         colours = colours.view(*maps.shape[:3], 3).permute(0, 3, 1, 2)  # [NHW, 3] -> [N, 3, H, W]
         rows.append(F.interpolate(colours, images.shape[2:]))  # [N, 3, H, W] -> [N, 3, h, w]
@@ -540,9 +541,8 @@ class Scenes:
 
     def __init__(self, count, seed=0, first=0, size=144):
         scenes = [draw_scene(seed, number, size) for number in range(first, first + count)]
-        images, masks = [torch.from_numpy(np.stack(arrays)) for arrays in zip(*scenes)]
+        images, self.masks = default_collate(scenes)
         self.images = images.permute(0, 3, 1, 2)  # [count, h, w, 3] -> [count, 3, h, w]
-        self.masks = masks
 
 
 def draw_scene(seed, number, size):
@@ -560,7 +560,7 @@ def draw_scene(seed, number, size):
     slope = np.roll(rough, 2, 1) - rough
     river = np.abs(depth + 0.06 * smooth - rng.uniform(0.1, 0.8)) < rng.uniform(0.05, 0.2)
     road = np.abs(x - rng.uniform(-0.2, 1.2) - rng.uniform(-0.6, 0.6) * depth)
-    road = road / (0.02 + 0.2 * depth)  # 0 in its middle, 1 at its edges
+    road /= 0.02 + 0.2 * depth  # 0 in its middle, 1 at its edges
     line = road < 0.06
     layers = [
         ("sky", y >= 0, sky, 0.9 * y / horizon),
