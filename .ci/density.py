@@ -10,8 +10,10 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LIMITS = {"pixpro.py": (480, 3200), "train.py": (608, 5085)}  # lines, tokens
+LIMITS = {"pixpro.py": (480, 3105), "train.py": (608, 5052)}  # lines, tokens
 BREAKS = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+# From Python 3.12 on an f-string is many tokens, from a start to an end. It counts as one.
+F_START, F_END = (getattr(tokenize, f"FSTRING_{part}", None) for part in ("START", "END"))
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
@@ -33,8 +35,12 @@ def report(name):
     docstrings = docstring_lines(tree)
 
     tokens = {}  # line: how many
+    depth = 0  # in f-strings
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.string and token.type not in BREAKS and token.start[0] not in docstrings:
+        depth += (token.type == F_START) - (token.type == F_END)
+        if depth > 0 or token.type in BREAKS:
+            continue
+        if token.string and token.start[0] not in docstrings:
             tokens[token.start[0]] = tokens.get(token.start[0], 0) + 1
     count = sum(tokens.values())
     lengths = [len(lines[number - 1]) for number in tokens]
