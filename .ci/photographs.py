@@ -3,8 +3,8 @@
     git clone https://github.com/cvjena/labelmefacade                (for research only)
     OMP_NUM_THREADS=1 python .ci/photographs.py labelmefacade test runs/*/backbone.pt
 
-fits the linear probe on the 99 photographs of train.txt and tests it on the 844 of test.txt; with
-`search` for `test`, on the first 60 and the other 39 of train.txt. "random SEED" and "random* SEED"
+fits the linear probe on the 100 photographs of train.txt and tests it on the 845 of test.txt; with
+`search` for `test`, on the first 60 and the other 40 of train.txt. "random SEED" and "random* SEED"
 stand for the network as the recipe starts it, and with its residual blocks switched on.
 
     OMP_NUM_THREADS=1 python .ci/photographs.py labelmefacade test --labels 25 --seed 0 "random 0"
