@@ -317,7 +317,7 @@ def main(argv=None):
         model = PixPro(copy.deepcopy(initial), **{name: getattr(args, name) for name in MODEL})
         shape = frozen_features(initial, torch.zeros(1, 3, args.size, args.size)).shape
     except (ValueError, RuntimeError) as error:
-        refuse(str(error).splitlines()[0])
+        refuse(str(error).partition("\n")[0])
     if min(shape[2:]) < 2:
         refuse(f"expected a size that makes a map of at least 2 x 2, found {args.size}")
     if ranks > 1 and device == "cuda":

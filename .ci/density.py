@@ -10,7 +10,7 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LIMITS = {"pixpro.py": (480, 3105), "train.py": (608, 5052)}  # lines, tokens
+LIMITS = {"pixpro.py": (480, 3105), "train.py": (608, 5053)}  # lines, tokens
 BREAKS = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
 # From Python 3.12 on an f-string is many tokens, from a start to an end. It counts as one.
 F_START, F_END = (getattr(tokenize, f"FSTRING_{part}", None) for part in ("START", "END"))
