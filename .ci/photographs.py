@@ -4,14 +4,14 @@
     OMP_NUM_THREADS=1 python .ci/photographs.py labelmefacade test runs/*/backbone.pt
 
 fits the linear probe on the 100 photographs of train.txt and tests it on the 845 of test.txt; with
-`search` for `test`, on the first 60 and the other 40 of train.txt. "random SEED" and "random* SEED"
+`search` instead, on the first 60 and the other 40 of train.txt. "random SEED" and "random* SEED"
 stand for the network as the recipe starts it, and with its residual blocks switched on.
 
     OMP_NUM_THREADS=1 python .ci/photographs.py labelmefacade test --labels 25 --seed 0 "random 0"
 
-With --labels the whole network, with a head of torchvision's FCN, is trained on so many of the
-photographs that the probe is fitted on, in the same steps whatever their number. The functions are
-those of chapter 9 of tutorial.ipynb. Each result is a line in .ci/results/photographs.jsonl.
+With --labels N, all layers and a head of torchvision's FCN are trained for 300 steps on N of the
+photographs that the probe is fitted on. The functions are those of chapter 9 of tutorial.ipynb.
+Each result is a line in .ci/results/photographs.jsonl.
 """
 
 import argparse

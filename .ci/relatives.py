@@ -1,11 +1,12 @@
 """Pre-trains DenseCL, VADeR or MCL, as they stand in chapter 8 of tutorial.ipynb, on photographs.
 
-    OMP_NUM_THREADS=1 python .ci/relatives.py densecl lars 4 1600 DIR runs/densecl
+    OMP_NUM_THREADS=1 python .ci/relatives.py densecl adamw 1e-3 1600 DIR runs/densecl
 
-The words: method, optimizer (lars, sgd or adamw), peak rate, steps, folder of photographs, folder
-for the results. The batch is 32, the rate rises and falls as in the demo recipe. Every 400 steps,
-and at the end, backbone-STEP.pt is written and the loss is measured on eight batches of views that
-were not trained on. metrics.jsonl gets the loss of every tenth step.
+The words: method, optimizer (lars, sgd or adamw), peak rate, steps, folder of photographs, new
+folder for the results. The batch is 32, the rate rises and falls as in the demo recipe, and m is
+0.99 (MCL: as in PixPro). Every 400 steps, and at the end, backbone-STEP.pt is written and the loss
+is measured on eight batches of views that were not trained on. metrics.jsonl gets the mean loss of
+every ten steps.
 """
 
 import copy
@@ -48,7 +49,7 @@ def new_optimizer(name, model, rate):
 
 @torch.no_grad()
 def unseen_loss(model, batches):
-    model = copy.deepcopy(model)  # its queues and BatchNorm's buffers stay
+    model = copy.deepcopy(model)  # as forward changes the queues and BatchNorm's buffers
     losses = []
     for batch in batches:
         with torch.autocast("cpu", torch.bfloat16):
@@ -57,7 +58,7 @@ def unseen_loss(model, batches):
 
 
 def weights_of(model, method):
-    """Those of a Backbone.body, for the probe."""
+    """Those of the ResNet up to layer3, by their names in Backbone.body."""
     network = model.backbone.body if method == "densecl" else model.fpn.body
     names = Backbone("resnet18", "layer3").body.state_dict()
     return {name: weight for name, weight in network.state_dict().items() if name in names}

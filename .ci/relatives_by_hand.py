@@ -1,9 +1,11 @@
-"""Checks DenseCL and VADeR of tutorial.ipynb, chapter 8, on values that were computed by hand.
+"""Checks DenseCL, VADeR and MCL of tutorial.ipynb, chapter 8, on values that were computed by hand.
 
     python .ci/relatives_by_hand.py
 
 The shorter checks stand in the chapter itself.
 """
+
+import math
 
 import torch
 from photographs import tutorial
@@ -51,8 +53,20 @@ def check_vader(chapter):
     assert len(chapter["sample_pairs"](box, apart, (4, 4), count=50)[1]) == 0
 
 
+def check_mcl(chapter):
+    """Equal logits in both directions and at all three scales: 4 log N."""
+    model = chapter["MCL"](scales=(1, 2, 4), weights=(0.5, 0.25, 0.25), dim=8, hidden=8)
+    for predictor in model.predictors:
+        torch.nn.init.zeros_(predictor[-1].weight)
+        torch.nn.init.zeros_(predictor[-1].bias)
+    view_1, view_2 = torch.rand(2, 16, 3, 128, 128)
+    found = model(view_1, view_2, None, None).item()
+    assert abs(found - 4 * math.log(16)) < 1e-5, found
+
+
 if __name__ == "__main__":
     chapter = tutorial("imports", "relatives")
     check_densecl(chapter)
     check_vader(chapter)
-    print("DenseCL and VADeR: all values as by hand")
+    check_mcl(chapter)
+    print("DenseCL, VADeR and MCL: all values as by hand")
