@@ -20,15 +20,14 @@ g           PixelPropagation.transform    module        num_layers 1x1 convoluti
 tau, alpha  temperature, instance_weight  numbers       of Eq. 2 and of Eq. 6
 m           m, momentum_at                number        EMA decay of the momentum encoder
 
-The paper decides; where it is silent, the authors' code does. Different from the authors' code:
-- Eq. 1 has <=, not <.
-- Eq. 1 measures distances in the image, not after x and y were each scaled to [0, 1].
-- The loss is Eq. 5, not twice Eq. 5.
+Defaults are the paper's, and where it is silent the authors' code's. Different from their code:
+- Eq. 1 has <=, not <, and distances in the image, not after x and y were each scaled to [0, 1].
+- The loss is Eq. 5, not twice Eq. 5. PixContrast (Eq. 2) exists.
 - Images without positive pairs are left out of the mean, not counted as 0.
-- s is exactly 0 for cosines <= 0, also for gamma < 1.
-- The heads are 2048 wide, not 4096.
-- PixContrast (Eq. 2) exists.
-Different from the paper, as in the authors' code: the instance-level loss has no negatives.
+- s is exactly 0 for cosines <= 0, also for gamma < 1. The heads are 2048 wide, not 4096.
+Different from the paper:
+- Eq. 2 is averaged over the pixels with a positive (FIXME), not over those in both views (FIXME).
+- The instance-level loss has no negatives, as in the authors' code.
 """
 
 import copy
@@ -64,7 +63,7 @@ class TwoViews:
     def __call__(self, image):
         if hasattr(image, "convert"):  # a PIL image
             image = v2.functional.pil_to_tensor(image.convert("RGB"))  # [3, h, w]
-        if not torch.is_tensor(image) or image.dtype != torch.uint8:
+        if getattr(image, "dtype", None) != torch.uint8:
             raise TypeError(f"expected uint8 or PIL, found {getattr(image, 'dtype', type(image))}")
         if image.ndim != 3 or len(image) != 3:
             raise ValueError(f"expected an RGB image [3, h, w], found {list(image.shape)}")
@@ -73,14 +72,15 @@ class TwoViews:
         return self.colour_1(view_1), self.colour_2(view_2), box_1, box_2
 
     def crop(self, image):
-        """A random crop, resized, mirrored half of the time: [3, h, w] -> [3, size, size], [4].
-
-        Drawn as by v2.RandomResizedCrop. The view is uint8, the box float32.
-        """
-        crop = v2.RandomResizedCrop.get_params(image, self.scale, ratio=(3 / 4, 4 / 3))
-        view = v2.functional.resized_crop(image, *crop, [self.size, self.size])  # [3, size, size]
+        """A random crop, resized, mirrored half of the time: [3, h, w] -> [3, size, size], [4]."""
+        crop = v2.RandomResizedCrop.get_params(image, self.scale, (3 / 4, 4 / 3))
+        view = v2.functional.crop(image, *crop)[None]  # [1, 3, height, width]
+        # torchvision resizes bytes that lie in planes 2 to 4 times slower than pixel by pixel.
+        view = view.contiguous(memory_format=torch.channels_last)[0]
+        view = v2.functional.resize(view, [self.size, self.size])  # [3, size, size]
         top, left, height, width = crop
-        box = torch.tensor([left, top, left + width, top + height]).float()  # [4]
+        box = [left, top, left + width, top + height]
+        box = torch.tensor(box, device=image.device).float()  # [4]
         if torch.rand(()) < 0.5:
             view = v2.functional.horizontal_flip(view)
             box = box[[2, 1, 0, 3]]  # x0 and x1 change places
@@ -107,14 +107,12 @@ def random_hue(view):
     r, g, b = view  # [h, w] each
     value = view.amax(0)
     chroma = value - view.amin(0) + 1e-8  # grey has no hue, and must not become 0 / 0
-
     # The hue in sixths of the circle: red is 0, green 2, blue 4.
     hue = torch.where(value == g, 2 + (b - r) / chroma, 4 + (r - g) / chroma)
     hue = torch.where(value == r, (g - b) / chroma, hue)
     hue += torch.empty(()).uniform_(-0.6, 0.6)
-
     # A channel is at `value` within a sixth of its hue, at `value - chroma` from two sixths on.
-    distance = hue - torch.tensor([0.0, 2.0, 4.0])[:, None, None]  # [h, w] -> [3, h, w]
+    distance = hue - torch.arange(0, 6, 2, device=view.device)[:, None, None]  # [3, h, w]
     distance = (distance - 6 * (distance / 6).round()).abs()  # the shorter way round
     return value - chroma * (distance - 1).clamp(0, 1)  # [3, h, w]
 
@@ -122,7 +120,7 @@ def random_hue(view):
 def random_blur(view):
     """Gaussian blur with sigma ~ U(0.1, 2) pixels, in two passes: 14 times as fast as one."""
     sigma = torch.empty(()).uniform_(0.1, 2.0).item()
-    taps = 2 * math.ceil(3 * sigma) + 1
+    taps = 2 * min(math.ceil(3 * sigma), view.shape[2] - 1) + 1  # few in a small view
     view = v2.functional.gaussian_blur(view, [1, taps], sigma)  # along the columns
     return v2.functional.gaussian_blur(view, [taps, 1], sigma)  # along the rows
 
@@ -137,7 +135,7 @@ def positive_pairs(box_1, box_2, size, threshold=0.7):
     size: (H, W) of the map. Returns bool [N, HW, HW]: rows view 1, columns view 2. Raises
     ValueError for boxes of other shapes and for T < 0.
     """
-    if box_1.shape != box_2.shape or box_1.ndim != 2 or box_1.shape[1] != 4:
+    if box_1.shape != box_2.shape or box_1.shape[1:] != (4,):
         raise ValueError(f"expected boxes [N, 4], found {list(box_1.shape)}, {list(box_2.shape)}")
     if not threshold >= 0:
         raise ValueError(f"expected threshold >= 0, found {threshold}")
@@ -157,7 +155,7 @@ def bin_centres(box, size):
     height = (y1 - y0) / H
     x = x0 + width * torch.arange(0.5, W, device=box.device)  # [N, W]
     y = y0 + height * torch.arange(0.5, H, device=box.device)  # [N, H]
-    grid = torch.broadcast_tensors(x[:, None, :], y[:, :, None])  # [N, H, W] each
+    grid = torch.broadcast_tensors(x[:, None], y[:, :, None])  # [N, H, W] each
     centres = torch.stack(grid, dim=3).flatten(1, 2)  # [N, H, W, 2] -> [N, HW, 2]
     return centres, torch.hypot(width, height)
 
@@ -189,9 +187,9 @@ def pixel_cosine(x, x_prime):
     """cos(x_i, x'_j) of two maps [N, C, H, W] -> [N, HW, HW], under autocast in float32 too."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
-        x = F.normalize(x.to(dtype).flatten(2), dim=1)  # [N, C, H, W] -> [N, C, HW]
-        x_prime = F.normalize(x_prime.to(dtype).flatten(2), dim=1)  # [N, C, H, W] -> [N, C, HW]
-        return x.transpose(1, 2) @ x_prime  # [N, HW, C] @ [N, C, HW] -> [N, HW, HW]
+        x = F.normalize(x.to(dtype).flatten(2))  # over C, [N, C, H, W] -> [N, C, HW]
+        x_prime = F.normalize(x_prime.to(dtype).flatten(2))
+        return x.mT @ x_prime  # [N, HW, C] @ [N, C, HW] -> [N, HW, HW]
 
 
 def mean_over_images(value, mask):
@@ -206,9 +204,9 @@ def check_maps(x, x_prime, positives):
     """Raises an error unless x, x_prime are maps [N, C, H, W] and positives bool [N, HW, HW]."""
     if not x.ndim == x_prime.ndim == 4 or x.shape[:2] != x_prime.shape[:2]:
         raise ValueError(f"expected [N, C, H, W], found {list(x.shape)}, {list(x_prime.shape)}")
-    pairs = [len(x), x.shape[2:].numel(), x_prime.shape[2:].numel()]  # [N, HW, HW]
-    if list(positives.shape) != pairs:
-        raise ValueError(f"expected positives {pairs} for the maps, found {list(positives.shape)}")
+    pairs = (len(x), x.shape[2:].numel(), x_prime.shape[2:].numel())  # [N, HW, HW]
+    if positives.shape != pairs:
+        raise ValueError(f"expected {list(pairs)} for the maps, found {list(positives.shape)}")
     if positives.dtype != torch.bool:
         raise TypeError(f"expected positives of torch.bool, found {positives.dtype}")
 
@@ -230,17 +228,18 @@ class PixelPropagation(nn.Module):
             raise ValueError(f"expected gamma > 0, num_layers >= 0, found {gamma}, {num_layers}")
         self.dim = dim
         self.gamma = gamma
-        layers = []
-        for _ in range(num_layers):
-            layers += [nn.Conv2d(dim, dim, 1), nn.BatchNorm2d(dim), nn.ReLU(inplace=True)]
-        self.transform = nn.Sequential(*layers[:-2])  # it ends with a convolution
+        self.transform = nn.Sequential()
+        for number in range(num_layers):
+            if number > 0:
+                self.transform.extend([nn.BatchNorm2d(dim), nn.ReLU(inplace=True)])
+            self.transform.append(nn.Conv2d(dim, dim, 1))
 
     def forward(self, x):
         if x.ndim != 4 or x.shape[1] != self.dim:
             raise ValueError(f"expected a map [N, {self.dim}, H, W], found {list(x.shape)}")
-        # For gamma < 1 the gradient of pow at 0 is infinite; that of relu replaces it by exactly 0.
+        # For gamma < 1 the slope of pow at 0 is infinite; relu's gradient selects 0 in its place.
         s = F.relu(pixel_cosine(x, x)).pow(self.gamma)  # Eq. 4, [N, HW, HW]
-        g = F.normalize(self.transform(x).flatten(2), dim=1)  # [N, dim, H, W] -> [N, dim, HW]
+        g = F.normalize(self.transform(x).flatten(2))  # [N, dim, H, W] -> [N, dim, HW]
         y = g @ s.to(g.dtype)  # Eq. 3, s is symmetric: [N, dim, HW] @ [N, HW, HW] -> [N, dim, HW]
         return y.unflatten(2, x.shape[2:])  # [N, dim, HW] -> [N, dim, H, W]
 
@@ -266,8 +265,7 @@ def instance_loss(p, z_prime):
     if p.ndim != 2 or p.shape != z_prime.shape:
         raise ValueError(f"expected two [N, C], found {list(p.shape)} and {list(z_prime.shape)}")
     dtype = torch.promote_types(p.dtype, torch.float32)
-    cosine = F.cosine_similarity(p.to(dtype), z_prime.detach().to(dtype), dim=1)  # [N]
-    return -cosine.mean()
+    return -F.cosine_similarity(p.to(dtype), z_prime.detach().to(dtype), dim=1).mean()
 
 
 # ------------------------------------ Networks ------------------------------------
@@ -275,22 +273,28 @@ class Backbone(nn.Module):
     """A classification network of torchvision up to a layer: image [N, 3, h, w] -> map.
 
     The map is [N, out_channels, H, W]. `body` is the network, under torchvision's names; residual
-    blocks start at zero (authors' code). Raises ValueError for an unknown arch or layer, or no map.
+    blocks of ResNets start at zero (authors' code). Raises ValueError for an unknown arch or layer,
+    and for a layer that is no map or leaves weights of `body` unused.
     """
 
     def __init__(self, arch="resnet50", layer="layer4"):
         super().__init__()
+        # list_models() alone also lists detectors, which would download weights.
         if arch not in models.list_models(models):
             raise ValueError(f"expected a classification network of torchvision, found {arch!r}")
         options = {"zero_init_residual": True} if "resne" in arch else {}  # ResNet, ResNeXt, Wide
         network = models.get_model(arch, weights=None, **options)
         self.body = create_feature_extractor(network, {layer: "map"})
 
-        # One image of zeros tells the shape; in eval mode it leaves BatchNorm's buffers alone.
-        shape = list(self.eval()(torch.zeros(1, 3, 224, 224)).shape)
-        self.train()
-        if len(shape) != 4 or shape[2] != shape[3]:  # tokens [N, L, C], or channels last
-            raise ValueError(f"expected a map [N, C, H, W] from {layer!r} of {arch}, found {shape}")
+        # A copy on the meta device, which has shapes and no numbers, tells what the layer gives.
+        trial = copy.deepcopy(self.body).to("meta").eval()
+        found = trial(torch.empty(1, 3, 224, 224, device="meta"))["map"]
+        found.sum().backward()
+        unused = sum(p.grad is None for p in trial.parameters())
+        shape = found.shape
+        if len(shape) != 4 or shape[2] != shape[3] or unused:  # also tokens, or channels last
+            wanted = f"a map [N, C, H, W] that uses all weights of {arch} (swin: 'permute')"
+            raise ValueError(f"expected {wanted}, found {layer!r} {list(shape)}, {unused} unused")
         self.out_channels = shape[1]
 
     def forward(self, image):
@@ -323,15 +327,14 @@ class Heads(models.detection.backbone_utils.BackboneWithFPN):
 
     def forward(self, image):
         levels = super().forward(image)
-        levels.pop("p7")
-        return {name: self.tower(level) for name, level in levels.items()}
+        return {name: self.tower(level) for name, level in levels.items() if name != "p7"}
 
 
 # ------------------------------------ Momentum encoder, PixPro ------------------------------------
 def momentum_at(step, total_steps, base=0.99):
     """m at step k of K (authors' code): 1 - (1 - base) (cos(pi k / K) + 1) / 2, from base to 1."""
-    if not 0 <= step <= total_steps or total_steps < 1:
-        raise ValueError(f"expected 0 <= step <= total_steps >= 1, found {step}, {total_steps}")
+    if total_steps < 1 or not 0 <= step <= total_steps:
+        raise ValueError(f"expected a step from 0 to total_steps, found {step} of {total_steps}")
     return 1 - (1 - base) * (math.cos(math.pi * step / total_steps) + 1) / 2
 
 
@@ -349,38 +352,29 @@ class Output(NamedTuple):
 
     loss: torch.Tensor  # Eq. 5, 2 or 6, both directions; Eq. 5 lies in [-2, 2]
     similarity: torch.Tensor  # mean cos(x_i, x'_j) of the positive pairs, without propagation
-    positives: torch.Tensor  # positive pairs per image, mean over the levels
+    pairs: torch.Tensor  # positive pairs per image
     spread: torch.Tensor  # of the pixels x on the unit sphere: 1 spread out, 0 collapsed
 
 
 def feature_spread(x):
     """Standard deviation of the unit vectors x_i / |x_i|, times sqrt(C): [N, C, H, W] -> scalar."""
-    unit = F.normalize(x.float(), dim=1)  # [N, C, H, W]
+    unit = F.normalize(x.float())  # over C, [N, C, H, W]
     deviation = unit.std((0, 2, 3), correction=0)  # [C]
-    return deviation.mean() * math.sqrt(len(deviation))
+    return deviation.mean() * len(deviation) ** 0.5
 
 
 class PixPro(nn.Module):
-    """The model that is pre-trained. A minimal training loop:
+    """The model that is pre-trained. Its training loop, given an optimizer and a loader of views:
 
-        model = PixPro(Backbone("resnet50"))
-        matrices = {"params": [p for p in model.parameters() if p.requires_grad and p.dim() > 1]}
-        vectors = {"params": [p for p in model.parameters() if p.requires_grad and p.dim() == 1]}
-        optimizer = torch.optim.AdamW([matrices, vectors])
-        rates = {"max_lr": [1e-3, 1e-1], "total_steps": total_steps, "pct_start": 0.25}
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, **rates, cycle_momentum=False)
-        for step, (view_1, view_2, box_1, box_2) in enumerate(loader):  # a dataset with TwoViews
+        for step, (view_1, view_2, box_1, box_2) in enumerate(loader):
             model.update_momentum(momentum_at(step, total_steps))
             loss = model(view_1, view_2, box_1, box_2).loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            schedule.step()
 
-    backbone: an nn.Module with `out_channels` that returns a map [N, out_channels, H, W], or a
-    dict of them from fine to coarse: then the loss is the mean over them, with the same projector,
-    PPM and T (Sec. 3.3), and the instance-level loss uses the coarsest. objective: "pixpro" (Eq. 5)
-    or "pixcontrast" (Eq. 2, no PPM); another one raises ValueError. dim: C.
+    backbone: an nn.Module with `out_channels` that returns a map [N, out_channels, H, W]. dim: C.
+    objective: "pixpro" (Eq. 5) or "pixcontrast" (Eq. 2, no PPM); another one raises ValueError.
     """
 
     def __init__(
@@ -424,36 +418,28 @@ class PixPro(nn.Module):
     def forward(self, view_1, view_2, box_1, box_2):
         """view_1, view_2: [N, 3, h, w]; box_1, box_2: [N, 4], as from TwoViews. -> Output."""
         # Both encoders see both views. The momentum encoder takes no gradient.
-        maps_1 = self.backbone(view_1)  # [N, out_channels, H, W], or a dict of such maps
-        maps_2 = self.backbone(view_2)
+        map_1 = self.backbone(view_1)  # [N, out_channels, H, W]
+        map_2 = self.backbone(view_2)
+        if isinstance(map_1, dict):
+            raise TypeError("expected one map, found a dict of maps, which PixProOnLevels takes")
         with torch.no_grad():
-            maps_prime_1 = self.momentum_backbone(view_1)
-            maps_prime_2 = self.momentum_backbone(view_2)
+            map_prime_1 = self.momentum_backbone(view_1)
+            map_prime_2 = self.momentum_backbone(view_2)
 
-        # Sec. 3.3: a head network returns a dict of levels, fine to coarse. The loss is their mean.
-        levels = [(maps_1, maps_2, maps_prime_1, maps_prime_2)]
-        if isinstance(maps_1, dict):
-            levels = [(maps_1[k], maps_2[k], maps_prime_1[k], maps_prime_2[k]) for k in maps_1]
-
-        outputs = []
-        for map_1, map_2, map_prime_1, map_prime_2 in levels:
-            x_1 = self.projector(map_1)  # [N, dim, H, W]
-            x_2 = self.projector(map_2)
-            x_prime_1 = self.momentum_projector(map_prime_1)  # no gradient: frozen weights
-            x_prime_2 = self.momentum_projector(map_prime_2)
-            outputs.append(self.pixel_level(x_1, x_2, x_prime_1, x_prime_2, box_1, box_2))
-        loss, similarity, positives, spread = [torch.stack(field).mean() for field in zip(*outputs)]
-
-        # Eq. 6: L = L_PixPro + alpha L_inst, with the coarsest level
-        if self.instance_weight:
-            loss = loss + self.instance_weight * self.instance_level(*levels[-1])
-        return Output(loss, similarity, positives, spread)
+        x_1 = self.projector(map_1)  # [N, dim, H, W]
+        x_2 = self.projector(map_2)
+        x_prime_1 = self.momentum_projector(map_prime_1)  # no gradient: frozen weights
+        x_prime_2 = self.momentum_projector(map_prime_2)
+        loss, *figures = self.pixel_level(x_1, x_2, x_prime_1, x_prime_2, box_1, box_2)
+        if self.instance_weight:  # Eq. 6: L = L_PixPro + alpha L_inst
+            instance = self.instance_level(map_1, map_2, map_prime_1, map_prime_2)
+            loss = loss + self.instance_weight * instance
+        return Output(loss, *figures)
 
     def pixel_level(self, x_1, x_2, x_prime_1, x_prime_2, box_1, box_2):
         """Eq. 5 (or Eq. 2) in both directions; projected maps [N, dim, H, W] of both encoders."""
         A_12 = positive_pairs(box_1, box_2, x_1.shape[2:], self.threshold)  # Eq. 1, [N, HW, HW]
-        A_21 = A_12.transpose(1, 2)
-
+        A_21 = A_12.mT  # rows: view 2, columns: view 1
         if self.objective == "pixcontrast":
             loss_1 = pixcontrast_loss(x_1, x_prime_2, A_12, self.temperature)  # Eq. 2
             loss_2 = pixcontrast_loss(x_2, x_prime_1, A_21, self.temperature)
@@ -464,12 +450,11 @@ class PixPro(nn.Module):
             loss_2 = consistency_loss(y_2, x_prime_1, A_21)
 
         with torch.no_grad():  # for the log
-            similarity_1 = -consistency_loss(x_1, x_prime_2, A_12)
-            similarity_2 = -consistency_loss(x_2, x_prime_1, A_21)
-            similarity = (similarity_1 + similarity_2) / 2
-            positives = A_12.sum() / len(A_12)
+            both = consistency_loss(x_1, x_prime_2, A_12) + consistency_loss(x_2, x_prime_1, A_21)
+            similarity = -both / 2
+            pairs = A_12.sum() / len(A_12)
             spread = (feature_spread(x_1) + feature_spread(x_2)) / 2
-        return Output(loss_1 + loss_2, similarity, positives, spread)
+        return Output(loss_1 + loss_2, similarity, pairs, spread)
 
     def instance_level(self, map_1, map_2, map_prime_1, map_prime_2):
         """L_inst of Eq. 6 in both directions; maps [N, out_channels, H, W] of both encoders."""
@@ -478,3 +463,20 @@ class PixPro(nn.Module):
         z_prime_1 = self.momentum_instance_projector(map_prime_1).mean((2, 3))  # [N, dim]
         z_prime_2 = self.momentum_instance_projector(map_prime_2).mean((2, 3))
         return instance_loss(p_1, z_prime_2) + instance_loss(p_2, z_prime_1)
+
+
+class PixProOnLevels(PixPro):
+    """PixPro for a backbone that returns a dict of maps, fine to coarse (Sec. 3.3): their mean."""
+
+    def forward(self, view_1, view_2, box_1, box_2):
+        encoders = (self.backbone, self.momentum_backbone)  # the second is frozen: no gradient
+        maps = [encoder(view).values() for encoder in encoders for view in (view_1, view_2)]
+        outputs = []
+        for level in zip(*maps):  # its four maps
+            x = map(self.projector, level[:2])
+            x_prime = map(self.momentum_projector, level[2:])
+            outputs.append(self.pixel_level(*x, *x_prime, box_1, box_2))
+        loss, *figures = [torch.stack(field).mean() for field in zip(*outputs)]
+        if self.instance_weight:
+            loss = loss + self.instance_weight * self.instance_level(*level)  # the coarsest
+        return Output(loss, *figures)

@@ -1,100 +1,122 @@
-"""Pre-training with PixPro: recipes, LARS, data, AMP, DDP, checkpoints, a linear probe, a picture.
+"""Pre-training with PixPro: LARS, data, AMP, DDP, checkpoints; then a linear probe and a picture.
 
-    python train.py                                   recipe demo: drawn scenes, minutes on a CPU
-    python train.py --data DIR                        recipe paper, on every image below DIR
+    python train.py                                   the demo: drawn scenes, minutes on a CPU
+    python train.py --data DIR                        the paper's values, on every image below DIR
     torchrun --nproc_per_node=8 train.py --data DIR   the same on 8 GPUs; --batch counts all of them
 
 The same command continues a run that was stopped, bit for bit on a CPU.
 """
 
 import argparse
+import collections
 import contextlib
 import copy
-import errno
 import io
 import json
 import math
 import os
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch import distributed
 from torch.utils.data import DataLoader, default_collate
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from torchvision.utils import save_image
 
-from pixpro import MEAN, STD, Backbone, Heads, Output, PixPro, TwoViews, momentum_at
+from pixpro import MEAN, STD, Backbone, Heads, Output, PixPro, PixProOnLevels, TwoViews, momentum_at
 
-# ------------------------------------ Recipes and flags ------------------------------------
-RECIPES = {  # flag, of the type of its demo value: (demo, paper, meaning)
-    "arch": ("resnet18", "resnet50", "classification network of torchvision"),
-    "layer": ("layer3", "layer4", "its layer whose output is the feature map"),
-    "size": (112, 224, "side of the views in pixels"),
-    "batch": (32, 1024, "images per step, over all ranks"),
-    "epochs": (20.0, 100.0, "length of the run in passes over the images"),
-    "warmup_epochs": (5.0, 5.0, "length of the warm-up, at most a quarter of the run"),
-    "lr": (4.0, None, "peak learning rate; None is batch / 256"),
-    "loss_scale": (2.0, 2.0, "factor of the loss: the authors' rates belong to 2 x Eq. 5"),
-    "hidden_dim": (2048, 2048, "width of the projection heads"),
-    "gamma": (2.0, 2.0, "exponent of the similarity in Eq. 4"),
-    "num_layers": (1, 1, "layers of g in Eq. 3"),
-    "threshold": (0.7, 0.7, "T of Eq. 1"),
-    "instance_weight": (0.0, 0.0, "alpha of Eq. 6"),
-    "objective": ("pixpro", "pixpro", "pixpro (Eq. 5) or pixcontrast (Eq. 2)"),
-    "temperature": (0.3, 0.3, "tau of Eq. 2"),
-}
-MODEL = list(RECIPES)[list(RECIPES).index("hidden_dim") :]  # the arguments of PixPro
-DEMO = {name: demo for name, (demo, _, _) in RECIPES.items()}
-PAPER = {name: paper for name, (_, paper, _) in RECIPES.items()}
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
+# ------------------------------------ Flags ------------------------------------
+# The defaults are the paper's. The demo, which needs no data, differs in these.
+DEMO = {"arch": "resnet18", "layer": "layer3", "size": 112, "batch": 32, "epochs": 20.0, "lr": 4.0}
+MODEL = ("hidden_dim", "gamma", "num_layers", "threshold", "instance_weight")  # flags of PixPro
+MODEL += ("objective", "temperature")
+# What may change when a run continues; epochs count by the number of steps that they make.
+FREE = ("recipe", "data", "out", "workers", "device", "compile", "keep", "epochs", "warmup_epochs")
 SCENES = 512  # drawn for pre-training
 PROBE_SCENES = 256  # drawn for fitting the probe, and as many for testing it
-RECORD_STEPS = 10  # between records in metrics.jsonl
-PRINT_SECONDS = 5  # between lines of the log
+RECORD_STEPS = 10  # between records in metrics.jsonl and lines of the log
 SAVE_SECONDS = 60  # between checkpoints
-FORMAT = 2  # of last.pt
-# What may change when a run continues; epochs count by the number of steps that they make.
-FREE = ("recipe", "data", "out", "workers", "device", "compile", "epochs", "warmup_epochs")
-MAY_BE_0 = ("seed", "workers", "warmup_epochs", "num_layers", "threshold", "instance_weight")
+
+
+def number(kind, least, most=1e12):
+    """The type of a flag: an int or a float from least to most."""
+
+    def number(text):
+        if not least <= kind(text) <= most:
+            raise argparse.ArgumentTypeError(f"expected {least} to {most:g}, found {text}")
+        return kind(text)
+
+    return number
 
 
 def parse(argv):
-    """The flags; those that are not given take the recipe's values."""
+    """The flags, with the paper's values, or the demo's, for those that are not given."""
+    count, natural, share = number(int, 1), number(int, 0), number(float, 1e-9, 1)
+    positive, not_negative = number(float, 1e-9), number(float, 0)
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    workers = min(8, os.cpu_count() // 2 or 1)
-    parser = argparse.ArgumentParser(usage="train.py [--data DIR] [flags]", allow_abbrev=False)
-    add = parser.add_argument
-    add("--data", help="train on every image below this folder, not on drawn scenes")
-    add("--recipe", choices=["demo", "paper"], help="values of the flags below (paper with --data)")
-    add("--out", type=Path, help="folder for everything that is written (runs/RECIPE)")
-    add("--steps", type=int, help="length of the run, instead of --epochs")
-    add("--seed", type=int, default=0, help="of scenes, weights, order and views (0)")
-    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="precision (auto)")
-    add("--workers", type=int, default=workers, help=f"data processes per rank ({workers})")
-    add("--device", choices=devices, default=devices[0], help=f"where to train ({devices[0]})")
-    add("--compile", action="store_true", help="run the model through torch.compile")
-    add("--heads", action="store_true", help="train an FPN and a head too; --layer is then unused")
-    for name, (demo, paper, meaning) in RECIPES.items():
-        flag = "--" + name.replace("_", "-")
-        add(flag, type=type(demo), help=f"{meaning} (demo {demo}, paper {paper})")
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parser = argparse.ArgumentParser(
+        usage="train.py [--data DIR] [flags]",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
 
-    # The first reading finds the recipe, the second fills in its values.
+    def add(flag, kind, default, meaning, choices=None):
+        parser.add_argument(flag, type=kind, default=default, help=meaning, choices=choices)
+
+    add("--data", str, None, "train on every image below this folder, not on drawn scenes")
+    add("--recipe", str, None, "default values; None: paper with --data", ["demo", "paper"])
+    add("--out", Path, None, "folder for everything that is written; None: runs/RECIPE")
+    add("--arch", str, "resnet50", "classification network of torchvision")
+    add("--layer", str, "layer4", "its layer whose output is the feature map")
+    add("--size", count, 224, "side of the views in pixels")
+    add("--crop-scale", share, 0.08, "smallest crop, as a share of the image's area")
+    add("--batch", count, 1024, "images per step, over all ranks")
+    add("--epochs", positive, 100.0, "length of the run in passes over the images")
+    add("--warmup-epochs", not_negative, 5.0, "length of the warm-up, at most a quarter of the run")
+    add("--steps", count, None, "length of the run, instead of --epochs")
+    add("--lr", positive, None, "peak learning rate; None: batch / 256")
+    add("--loss-scale", positive, 2.0, "factor of the loss: the authors' rates are for 2 x Eq. 5")
+    add("--ema-momentum", share, 0.99, "EMA decay m at the first step; it rises to 1")
+    add("--hidden-dim", count, 2048, "width of the projection heads")
+    add("--gamma", positive, 2.0, "exponent of the similarity in Eq. 4")
+    add("--num-layers", natural, 1, "layers of g in Eq. 3")
+    add("--threshold", not_negative, 0.7, "T of Eq. 1")
+    add("--instance-weight", not_negative, 0.0, "alpha of Eq. 6")
+    add("--objective", str, "pixpro", "Eq. 5 or Eq. 2", ["pixpro", "pixcontrast"])
+    add("--temperature", positive, 0.3, "tau of Eq. 2")
+    add("--seed", natural, 0, "of scenes, weights, order and views")
+    add("--keep", count, None, "write backbone-STEP.pt after every so many steps, too")
+    add("--amp", str, "auto", "precision", ["auto", "bf16", "fp16", "off"])
+    add("--workers", natural, min(8, cpus // 2 or 1), "data processes per rank")
+    add("--device", str, devices[0], "where to train", devices)
+    parser.add_argument("--heads", action="store_true", help="train an FPN and a head, too")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile")
+
     args = parser.parse_args(argv)
     recipe = args.recipe or ("demo" if args.data is None else "paper")
-    parser.set_defaults(recipe=recipe, out=Path("runs", recipe))
-    parser.set_defaults(**(DEMO if recipe == "demo" else PAPER))
-    args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        lowest = ">= 0" if name in MAY_BE_0 else "> 0"
-        in_range = type(value) not in (int, float) or 0 < value < math.inf
-        if not in_range and not (value == 0 and name in MAY_BE_0):
-            parser.error(f"expected --{name.replace('_', '-')} {lowest}, found {value}")
+    if recipe == "demo":  # what stands in the namespace goes before the defaults
+        args = parser.parse_args(argv, argparse.Namespace(**DEMO))
+    args.out = args.out or Path("runs", recipe)
     return args
+
+
+def refuse(reason):
+    """Ends the program before the run, with one sentence and exit code 2."""
+    print(f"train.py: error: {reason}", file=sys.stderr)
+    sys.exit(2)
 
 
 # ------------------------------------ Schedule and optimizer ------------------------------------
@@ -115,7 +137,8 @@ class LARS(torch.optim.Optimizer):
     g <- g + weight_decay p;  g <- g trust_coefficient |p| / (|g| + eps), if |p| > 0
     v <- momentum v + g;  p <- p - lr v
 
-    Biases and norms, which are one-dimensional, skip the first line: no decay, no scaling.
+    Vectors skip the first line: no decay, no scaling. These are the parameters with at most one
+    dimension larger than 1: biases, norms, and scales of shape [C, 1, 1].
     """
 
     def __init__(
@@ -133,10 +156,10 @@ class LARS(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 g = p.grad
-                if p.dim() > 1:
-                    g.add_(p, alpha=group["weight_decay"])
+                if p.squeeze().dim() > 1:
+                    g = g.add(p, alpha=group["weight_decay"])
                     scale = group["trust_coefficient"] * p.norm() / (g.norm() + group["eps"])
-                    g.mul_(torch.where(scale > 0, scale, 1.0))
+                    g *= torch.where(scale > 0, scale, 1.0)
                 if p not in self.state:
                     self.state[p]["v"] = torch.zeros_like(p)
                 v = self.state[p]["v"].mul_(group["momentum"]).add_(g)
@@ -145,26 +168,56 @@ class LARS(torch.optim.Optimizer):
 
 
 # ------------------------------------ Data ------------------------------------
-def find_images(folder, out):
-    """Paths of the images below a folder, without hidden ones and those below out."""
-    paths = []
-    for place, folders, files in os.walk(folder):
+ENDINGS = (*IMG_EXTENSIONS, ".gif", ".avif", ".jfif", ".jpe", ".jp2", ".mpo")
+
+
+def find_images(folder):
+    """Names of the images below a folder, relative to it, and how many files of which endings
+    are left out. Raises OSError for a folder that cannot be read.
+    """
+
+    def unreadable(error):
+        raise error
+
+    folder = os.path.join(folder, "")
+    names, left_out = [], collections.Counter()
+    for place, folders, files in os.walk(folder, onerror=unreadable):
         folders[:] = [name for name in folders if name[0] != "."]
-        if f"{os.path.abspath(place)}{os.sep}".startswith(f"{out}{os.sep}"):
-            continue
         for name in files:
-            if name[0] != "." and name.lower().endswith((*IMG_EXTENSIONS, ".gif")):
-                paths.append(os.path.join(place, name))
-    # Forked workers share an array; each would copy a list of strings.
-    return np.array(sorted(paths))
+            ending = os.path.splitext(name)[1].lower()
+            if name[0] != "." and ending in ENDINGS:
+                names.append(os.path.join(place, name)[len(folder) :])
+            else:
+                left_out["hidden" if name[0] == "." else ending or "without ending"] += 1
+    # Bytes take a quarter of the memory of text. Each worker may have a copy.
+    return np.array([os.fsencode(name) for name in sorted(names)]), left_out
 
 
-def load_image(path):
-    """The RGB image that a viewer shows: upright, first frame, opaque, the upper 8 of 16 bits."""
-    image = ImageOps.exif_transpose(Image.open(path))
-    if image.mode.startswith("I"):  # 16 bits
-        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype("uint8"))
-    return image.convert("RGB")
+def load_image(path, size=None, scale=0.08):
+    """The RGB image that a viewer shows: upright, first frame, opaque, 8 bits.
+
+    size, scale: the side of the views and the smallest crop's share of the area. With them a JPEG
+    is decoded at the smallest scale at which that crop still has size x size pixels.
+    """
+    with open(path, "rb") as file:  # PIL maps a path into memory, and turns mapped TIFFs wrongly
+        image = Image.open(file)
+        if size is not None:
+            side = math.ceil(size * math.sqrt(4 / 3 / scale))
+            image.draft(None, (side, side))
+        upright = ImageOps.exif_transpose(image)
+    if upright.mode[0] not in "IF":
+        return upright.convert("RGB")
+
+    # Grey, of more than 8 bits. Tag 339 of a TIFF says whether integers have signs; PIL ignores it.
+    values = np.asarray(upright)
+    if upright.mode == "I" and getattr(image, "tag_v2", {}).get(339, (1,)) == (1,):
+        values = values.view(np.uint32)
+    finite = values[np.isfinite(values)].astype(np.float64)
+    low, high = np.percentile(finite, [0.1, 99.9])
+    if low == high:
+        low, high = finite.min(), finite.max()
+    values = np.nan_to_num((values - low) / (high - low or 1)).clip(0, 1)
+    return Image.fromarray((255 * values).astype(np.uint8)).convert("RGB")
 
 
 def seed_of(*numbers):
@@ -172,24 +225,27 @@ def seed_of(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-class Unreadable(Exception):
-    """Ten photographs in a row cannot be read."""
-
-
 class Samples:
     """Sample n of a run: two views and boxes of an image, a function of (seed, n) and the images.
 
-    images: uint8 [count, 3, h, w], or paths. Epoch n // count shows each image once. The next
-    sample replaces one whose file cannot be read; raises Unreadable after ten of them in a row.
+    images: uint8 [count, 3, h, w], or names of files in folder. Epoch n // count shows each image
+    once. The next sample replaces one whose file cannot be read; raises RuntimeError after ten.
     """
 
-    def __init__(self, images, views, seed):
+    def __init__(self, images, views, seed, folder=None):
         self.images = images
         self.views = views
         self.seed = seed
+        self.folder = folder
         self.epoch = None
 
     def __getitem__(self, n):
+        image, number = self.image(n)
+        torch.default_generator.manual_seed(seed_of(self.seed, number))
+        return self.views(image)
+
+    def image(self, n):
+        """The image of sample n, or of the next one that can be read, and that one's number."""
         for number in range(n, n + 10):
             epoch, place = divmod(number, len(self.images))
             if epoch != self.epoch:
@@ -197,169 +253,203 @@ class Samples:
                 rng = np.random.default_rng([self.seed, epoch])
                 self.order = rng.permutation(len(self.images))
             image = self.images[self.order[place]]
+            if torch.is_tensor(image):
+                return image, number
+            path = os.path.join(self.folder, os.fsdecode(image))
             try:
-                image = load_image(image) if isinstance(image, str) else image
-            except Exception:  # decoders raise many kinds
-                print(f"warning: cannot read {image}, the next sample is used", flush=True)
-                continue
-            torch.default_generator.manual_seed(seed_of(self.seed, number))
-            return self.views(image)
-        raise Unreadable
+                return load_image(path, self.views.size, self.views.scale[0]), number
+            except Exception as error:  # decoders raise many kinds
+                reason = f"cannot read {path}: {error!r}"
+                print(f"warning: {reason}; the next sample is used", flush=True)
+        raise RuntimeError(f"ten images in a row cannot be read; the last: {reason}")
 
 
-# ------------------------------------ Errors and checkpoints ------------------------------------
-def refuse(reason):
-    """Ends the program before the run, with one sentence and exit code 2."""
-    print(f"train.py: error: {reason}", file=sys.stderr)
-    sys.exit(2)
-
-
-def stop(reason):
-    """Ends the run with one sentence and exit code 1."""
-    sys.exit(f"\ntrain.py: {reason}")
-
-
-@contextlib.contextmanager
-def foreseen_errors():
-    """Ends the run in one sentence for errors that are expected; others keep their traceback."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        stop("interrupted; the same command continues from the last checkpoint")
-    except Unreadable:
-        stop("ten photographs in a row cannot be read; mend them, and the same command continues")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        stop(f"the disk is full ({error}); make room, and the same command continues")
+# ------------------------------------ Checkpoints and ranks ------------------------------------
+def weights_of(module):
+    """Its state, contiguous, as safetensors wants it. Raises FloatingPointError if not finite."""
+    weights = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        raise FloatingPointError("the weights are not finite; try a lower --lr, with another --out")
+    return weights
 
 
 def save(path, state):
     """torch.save, whole or not at all: written beside and renamed."""
-    buffer = io.BytesIO()  # into a file, torch.save would hide the OSError of a full disk
-    torch.save(state, buffer)
     beside = path.with_name("writing.tmp")
-    beside.write_bytes(buffer.getbuffer())
+    try:
+        torch.save(state, beside)
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"cannot write {path}; is the disk full?") from error
     os.replace(beside, path)
 
 
 def save_checkpoint(out, settings, step, parts):
-    """Writes last.pt: all that the next step depends on. Ends the run at weights not finite."""
+    """Writes last.pt: all that the next step depends on."""
     state = {name: part.state_dict() for name, part in parts.items()}
-    if not all(tensor.isfinite().all() for tensor in state["model"].values()):
-        stop(f"the weights are not finite at step {step}; try a lower --lr, with another --out")
-    metrics_size = (out / "metrics.jsonl").stat().st_size
-    state |= {"settings": settings, "step": step, "metrics_size": metrics_size}
+    state |= {"model": weights_of(parts["model"]), "settings": settings, "step": step}
+    state["metrics_size"] = (out / "metrics.jsonl").stat().st_size
     save(out / "last.pt", state)
 
 
-def resume(out, settings, parts):
-    """Loads last.pt, if there is one, and returns the number of steps done.
-
-    Refuses other files and other settings. Removes later records and an earlier backbone.pt.
-    """
+def load_checkpoint(out, settings):
+    """last.pt, or the start of a run. Raises ValueError if out has another run's files."""
     path = out / "last.pt"
-    checkpoint = {"step": 0, "metrics_size": 0}
-    if path.exists():
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            old = dict(checkpoint["settings"])
-        except Exception as error:  # of another program, damaged, or with code, which is not run
-            refuse(f"expected a checkpoint of train.py, found {path} ({type(error).__name__})")
-        changes = [f"{k} was {old.get(k)}, is {v}" for k, v in settings.items() if old.get(k) != v]
-        if changes:
-            refuse(f"{path} has other settings: {'; '.join(changes)}; keep them or change --out")
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
-
+    if not path.exists():
+        if (out / "backbone.pt").exists() or (out / "features.png").exists():
+            raise ValueError(f"expected last.pt beside the results in {out}, found none")
+        return {"step": 0, "metrics_size": 0}
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with open(out / "metrics.jsonl", "a") as file:
-            file.truncate(min(file.tell(), checkpoint["metrics_size"]))
-    except OSError as error:
-        refuse(f"cannot write to {out}: {error.strerror}")
-    if checkpoint["step"] == 0:
-        (out / "backbone.pt").unlink(missing_ok=True)  # of an earlier run
-    return checkpoint["step"]
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        old = dict(checkpoint["settings"])
+    except Exception as error:  # of another program, damaged, or with code, which is not run
+        raise ValueError(f"expected a checkpoint of train.py, found {path} ({error!r})") from error
+    changes = [f"{k} was {old.get(k)}, is {v}" for k, v in settings.items() if old.get(k) != v]
+    if changes:
+        raise ValueError(f"expected the settings of {path}, but {'; '.join(changes)}")
+    return checkpoint
+
+
+def lock(out):
+    """Reserves the folder for this process, as long as the file that it returns is open."""
+    out.mkdir(parents=True, exist_ok=True)
+    file = (out / "lock").open("a")
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"expected a free --out, found a run that writes to {out}") from None
+    except OSError:
+        pass  # a file system without locks
+    return file
+
+
+def join_ranks(device):
+    """This process's number and that of all. torchrun starts one for each GPU and numbers them."""
+    if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
+        return 0, 1
+    try:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group()  # NCCL for GPUs, gloo for CPUs
+    except (KeyError, ValueError) as error:
+        refuse(f"expected RANK, LOCAL_RANK and WORLD_SIZE as torchrun sets them, found: {error}")
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+@contextlib.contextmanager
+def agreement(ranks):
+    """Ends all ranks in one sentence if one cannot begin, or if they do not begin alike.
+
+    Each rank writes into the dict that it is given what all must have in common.
+    """
+    state = {}
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # torch.fx prints what it raises
+            yield state
+    except (AssertionError, OSError, RuntimeError, ValueError) as error:
+        state = {"refusal": str(error).partition("\n")[0]}
+    states = [state] * ranks
+    if ranks > 1:
+        distributed.all_gather_object(states, state)
+    for other in states:
+        if "refusal" in other:
+            refuse(other["refusal"])
+    for name in state:
+        values = [other[name] for other in states]
+        if values.count(values[0]) < ranks:
+            refuse(f"expected the same {name} on all ranks, found {values}")
+
+
+def try_network(model, images, size):
+    """Raises an error unless the network can train on so many views of this size.
+
+    It runs on the meta device, which has shapes and no numbers.
+    """
+    trial = copy.deepcopy(model).to("meta")
+    maps = trial.backbone(torch.empty(images, 3, size, size, device="meta"))
+    levels = list(maps.values()) if isinstance(maps, dict) else [maps]
+    for level in levels:
+        trial.projector(level)
+    if min(levels[0].shape[2:]) < 2:
+        raise ValueError(f"expected a size that makes a map of at least 2 x 2, found {size}")
 
 
 # ------------------------------------ The run ------------------------------------
-@foreseen_errors()
 def main(argv=None):
     """One pre-training run, from the flags to backbone.pt."""
     args = parse(argv)
-    out = Path(os.path.abspath(args.out))
+    device, out = args.device, args.out
+    rank, ranks = join_ranks(device)
 
-    # Processes. torchrun starts one for each GPU and numbers them.
-    device = args.device
-    rank = int(os.environ.get("RANK", 0))
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if ranks > 1:
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group()  # NCCL for GPUs, gloo for CPUs
+    with agreement(ranks) as state:
+        # Data
+        if args.data is None:
+            images, left_out = Scenes(SCENES, args.seed).images, {}
+        elif out.resolve().is_relative_to(Path(args.data).resolve()):
+            raise ValueError(f"expected --out outside of --data, found {out} in {args.data}")
+        else:
+            images, left_out = find_images(args.data)
+        left_out = ", ".join(f"{count} {ending}" for ending, count in left_out.items()) or "nothing"
+        share = args.batch // ranks
+        if args.batch > len(images) or args.batch % ranks != 0:
+            wanted = f"a batch <= {len(images)} images, a multiple of {ranks}"
+            raise ValueError(f"expected {wanted}, found {args.batch}; left out: {left_out}")
+        args.images = len(images)
+        args.file_names = zlib.crc32(np.asarray(images).tobytes())
+        epoch_steps = len(images) / args.batch
+        args.steps = args.steps or max(1, round(args.epochs * epoch_steps))
+        args.warmup_steps = min(round(args.warmup_epochs * epoch_steps), args.steps // 4)
 
-    # Data
-    images = Scenes(SCENES, args.seed).images if args.data is None else find_images(args.data, out)
-    if len(images) == 0:
-        refuse(f"expected images below {args.data!r}, found none")
-    if args.batch > len(images) or args.batch % ranks != 0:
-        refuse(f"expected a batch <= {len(images)}, a multiple of {ranks}, found {args.batch}")
-    args.images = len(images)
-    epoch_steps = len(images) / args.batch
-    args.steps = args.steps or max(1, round(args.epochs * epoch_steps))
-    args.warmup_steps = min(round(args.warmup_epochs * epoch_steps), args.steps // 4)
-
-    # Model. `initial` keeps the first weights, for comparison.
-    torch.manual_seed(args.seed)
-    try:
+        # Model. `initial` keeps the first weights, for comparison.
+        torch.manual_seed(args.seed)
         initial = Heads(args.arch) if args.heads else Backbone(args.arch, args.layer)
-        model = PixPro(copy.deepcopy(initial), **{name: getattr(args, name) for name in MODEL})
-        shape = frozen_features(initial, torch.zeros(1, 3, args.size, args.size)).shape
-    except (ValueError, RuntimeError) as error:
-        refuse(str(error).partition("\n")[0])
-    if min(shape[2:]) < 2:
-        refuse(f"expected a size that makes a map of at least 2 x 2, found {args.size}")
-    if ranks > 1 and device == "cuda":
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model.to(device, memory_format=torch.channels_last)
+        kind = PixProOnLevels if args.heads else PixPro
+        model = kind(copy.deepcopy(initial), **{name: getattr(args, name) for name in MODEL})
+        try_network(model, share, args.size)
+
+        # Resume. What is not in last.pt is a function of the settings and the step.
+        args.lr = args.lr or args.batch / 256
+        args.amp = auto_amp(device) if args.amp == "auto" else args.amp
+        settings = {name: value for name, value in vars(args).items() if name not in FREE}
+        checkpoint = load_checkpoint(out, settings)
+        step = checkpoint["step"]
+        state.update(settings, step=step)
+        held = lock(out) if rank == 0 else None
 
     # Optimizer and precision. The scaler keeps small gradients of fp16 from vanishing.
-    args.lr = args.lr or args.batch / 256
-    args.amp = auto_amp(device) if args.amp == "auto" else args.amp
+    if ranks > 1 and device == "cuda":
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    torch.backends.cudnn.benchmark = True
+    model.to(device, memory_format=torch.channels_last)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
     optimizer = LARS([p for p in model.parameters() if p.requires_grad], args.lr)
     scaler = torch.amp.GradScaler(device, enabled=args.amp == "fp16")
-
-    # Resume. What is not in last.pt is a function of the settings and the step.
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    settings = {name: value for name, value in vars(args).items() if name not in FREE}
-    settings["format"] = FORMAT
-    step = resume(out, settings, parts)
-
-    # DDP waits for all ranks, so that rank 0 saves only after all have read last.pt.
-    network = torch.nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
+    for name in parts if step > 0 else ():
+        parts[name].load_state_dict(checkpoint.pop(name))
+    network = torch.nn.parallel.DistributedDataParallel(model) if "RANK" in os.environ else model
     network = torch.compile(network) if args.compile else network
 
     # Loop. Step k takes the samples k * batch to (k + 1) * batch - 1, shared by the ranks.
-    share = args.batch // ranks
     starts = range(step * args.batch + rank * share, args.steps * args.batch, args.batch)
     batches = [range(start, start + share) for start in starts]
-    samples = Samples(images, TwoViews(args.size), args.seed)
+    samples = Samples(images, TwoViews(args.size, (args.crop_scale, 1.0)), args.seed, args.data)
     pin = device == "cuda"
     loader = DataLoader(samples, batch_sampler=batches, num_workers=args.workers, pin_memory=pin)
     if rank == 0:
-        print(f"{args.out}: {args.arch} on {len(images)} images, {device}, {args.amp}, step {step}")
-    printed = saved = time.monotonic()
-    printed_step = step
+        with open(out / "metrics.jsonl", "a") as file:  # records after last.pt are made again
+            file.truncate(min(file.tell(), checkpoint["metrics_size"]))
+        about = f"{args.arch} on {len(images)} images (left out: {left_out})"
+        print(f"{out}: {about}, {device}, {args.amp}, step {step}", flush=True)
     outputs = []
+    recorded = saved = time.monotonic()
     for batch in loader:
         batch = [tensor.to(device, non_blocking=True) for tensor in batch]
         torch.manual_seed(seed_of(args.seed, step, rank))  # of dropout
         lr = lr_at(step, args.steps, args.warmup_steps, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        m = momentum_at(step, args.steps)
+        m = momentum_at(step, args.steps, args.ema_momentum)
         model.update_momentum(m)
 
         with torch.autocast(device, dtype, enabled=dtype is not None):
@@ -370,55 +460,52 @@ def main(argv=None):
         optimizer.zero_grad()
 
         step += 1
+        last = step == args.steps
         outputs.append(torch.stack(output).detach())  # [4]
-        if step % RECORD_STEPS != 0 and step < args.steps:
-            continue
+        if rank == 0 and args.keep and step % args.keep == 0:
+            save(out / f"backbone-{step}.pt", weights_of(model.backbone.body))
+        if step % RECORD_STEPS == 0 or last:
+            values = means_of(outputs, ranks) | {"lr": lr, "m": m}
+            now = time.monotonic()
+            if rank == 0:
+                record(args, step, values, len(outputs) / (now - recorded))
+            if rank == 0 and (last or now - saved > SAVE_SECONDS):
+                save_checkpoint(out, settings, step, parts)
+                saved = now
+            outputs, recorded = [], now
 
-        # Record the means since the last record. Reading them in every step would slow a GPU down.
-        means = torch.stack(outputs).mean(0)  # [steps, 4] -> [4]
-        outputs.clear()
-        if ranks > 1:
-            torch.distributed.all_reduce(means)
-        if rank > 0:
-            continue
-        means = (means / ranks).tolist()
-        values = dict(zip(Output._fields, means), lr=lr, m=m)
-        if not math.isfinite(values["loss"]):
-            stop(f"the loss is {values['loss']} before step {step}; lower --lr, with another --out")
-        with open(out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step} | values) + "\n")
-        now = time.monotonic()
-        if now - printed > PRINT_SECONDS or step == args.steps:
-            print_progress(args, step, values, (step - printed_step) / (now - printed))
-            printed, printed_step = now, step
-
-        # Save
-        if now - saved > SAVE_SECONDS or step == args.steps:
-            save_checkpoint(out, settings, step, parts)
-            saved = now
-
-    # Finish. backbone.pt is written last: it marks the run as complete.
+    # Finish. features.png is written last: with it the run is complete.
     if rank == 0:
-        if batches or not (out / "backbone.pt").exists():
-            finish(args, out, images, initial.to(device), model.backbone)
-        written = "last.pt, backbone.pt, metrics.jsonl and features.png"
-        print(f"complete: {args.steps} steps; {args.out} has {written}")
+        if not (out / "features.png").exists():
+            finish(args, samples, initial.to(device), model.backbone)
+        print(f"complete: {args.steps} steps; {out} has backbone.pt, features.png, metrics.jsonl")
+        held.close()
     if ranks > 1:
-        torch.distributed.destroy_process_group()
+        distributed.destroy_process_group()
 
 
-def print_progress(args, step, values, speed):
-    """One line of the log, redrawn in place on a terminal. speed: steps per second."""
-    figures = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+def means_of(outputs, ranks):
+    """Means over steps and ranks, by name. Reading them in every step would slow a GPU down."""
+    means = torch.stack(outputs).mean(0)  # [steps, 4] -> [4]
+    if ranks > 1:
+        distributed.all_reduce(means)
+    values = dict(zip(Output._fields, (means / ranks).tolist()))
+    if not math.isfinite(values["loss"]):
+        raise FloatingPointError(f"the loss is {values['loss']}; lower --lr, with another --out")
+    return values
+
+
+def record(args, step, values, speed):
+    """A record in metrics.jsonl, and a line of the log, of at most 80 columns."""
+    with open(args.out / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": step} | values) + "\n")
     minutes = (args.steps - step) / speed / 60
-    line = f"step {step}/{args.steps}  {figures}  {speed * args.batch:.0f} images/s"
-    line += f"  {minutes:.1f} min left"
+    left = f"{minutes:.1f} min" if minutes < 600 else f"{minutes / 60:.0f} h"
+    figures = "loss {loss:.4g} similarity {similarity:.2f} spread {spread:.2f}".format(**values)
+    speed = f"{speed * args.batch:.0f} images/s"
+    print(f"{step}/{args.steps} {figures} {speed} {left} left", flush=True)
     if values["spread"] < 0.4 and step > args.warmup_steps:  # healthy runs stay above
-        line = f"warning: low spread, the features may have collapsed; {line}"
-    live = sys.stdout.isatty()
-    if live:
-        line = "\r\033[K" + line[: os.get_terminal_size().columns - 1]
-    print(line, end="" if live and step < args.steps else "\n", flush=True)
+        print("warning: low spread, the features may have collapsed")
 
 
 def auto_amp(device):
@@ -430,29 +517,42 @@ def auto_amp(device):
     return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "off"
 
 
-def finish(args, out, images, initial, trained):
-    """Compares the backbone with its first weights; writes features.png and backbone.pt."""
-    if args.data is not None:
-        square = Samples(images, lambda image: ImageOps.fit(image, [2 * args.size] * 2), args.seed)
-        shown = [v2.functional.pil_to_tensor(square[n]) for n in range(min(8, len(images)))]
-        shown = torch.stack(shown)  # [8 or fewer, 3, 2 size, 2 size]
-    else:
-        scenes = Scenes(PROBE_SCENES, args.seed, SCENES)
-        held_out = Scenes(PROBE_SCENES, args.seed, SCENES + PROBE_SCENES)
-        shown = v2.functional.resize(held_out.images[:8], [2 * args.size])
-        for name, backbone in (
-            ("random, as the recipe starts it", initial),
-            ("random, with its residual blocks switched on", with_blocks_on(initial)),
-            ("pre-trained", trained),
-        ):
-            print(f"linear probe, mIoU {linear_probe(backbone, scenes, held_out):.1f}: {name}")
-    save_picture(out / "features.png", shown, initial, trained)
-    if args.heads:
-        save(out / "heads.pt", trained.state_dict())
-    save(out / "backbone.pt", trained.body.state_dict())
-
-
 # ------------------------------------ Appendix: probe, picture ------------------------------------
+def finish(args, samples, initial, trained):
+    """Writes the weights; then compares them with the first ones and draws features.png."""
+    if args.heads:
+        save(args.out / "heads.pt", weights_of(trained))
+    save(args.out / "backbone.pt", weights_of(trained.body))
+    if args.data is None:
+        scenes = Scenes(PROBE_SCENES, args.seed, SCENES)
+        test = Scenes(PROBE_SCENES, args.seed, SCENES + PROBE_SCENES)
+        images, test_images = [fitted(initial, part.images, args.size) for part in (scenes, test)]
+        data = (images, scenes.masks, test_images, test.masks)
+        start, blocks_on = (
+            linear_probe(initial, *data),
+            linear_probe(with_blocks_on(initial), *data),
+        )
+        print(f"linear probe, mIoU {start:.1f}: random, as the recipe starts it")
+        print(f"linear probe, mIoU {blocks_on:.1f}: random, with its residual blocks switched on")
+        print(f"linear probe, mIoU {linear_probe(trained, *data):.1f}: pre-trained")
+        shown = v2.functional.resize(test.images[:8], [2 * args.size])
+    else:
+        shown = [samples.image(n)[0] for n in range(min(8, len(samples.images)))]
+        shown = [ImageOps.fit(image, [2 * args.size] * 2) for image in shown]
+        shown = torch.stack([v2.functional.pil_to_tensor(image) for image in shown])
+    beside = args.out / "writing.png"
+    save_picture(beside, fitted(initial, shown, args.size), initial, trained)
+    os.replace(beside, args.out / "features.png")
+
+
+def fitted(backbone, images, size):
+    """The images, resized if the network refuses theirs: some networks take one size alone."""
+    with contextlib.suppress(AssertionError, RuntimeError):
+        frozen_features(backbone, images[:1])
+        return images
+    return v2.functional.resize(images, [size, size])
+
+
 @torch.no_grad()
 def frozen_features(backbone, images):
     """Maps [N, C, H, W] of images uint8 [N, 3, h, w] in eval mode; the first map of a dict."""
@@ -475,24 +575,23 @@ def with_blocks_on(backbone):
     return backbone
 
 
-def linear_probe(backbone, scenes, held_out, ignore=255):
+def linear_probe(backbone, images, masks, test_images, test_masks, ignore=255):
     """Mean IoU in percent of a 1x1 convolution on frozen features, fitted by ridge regression.
 
-    scenes, held_out: images uint8 [N, 3, h, w] and masks [N, h, w] of the classes 0 to K - 1.
-    Pixels of the label `ignore` count neither in the fit nor in the test, which is at full
-    resolution.
+    images: uint8 [N, 3, h, w]; masks: [N, h, w], numbers of classes. The test, at full resolution,
+    is on the others. Pixels of the label `ignore` count neither in the fit nor in the test.
     """
     # Features with a channel of ones, whose weight is the bias
     x, test = [
-        F.pad(frozen_features(backbone, images), (0, 0, 0, 0, 0, 1), value=1.0)
-        for images in (scenes.images, held_out.images)
+        F.pad(frozen_features(backbone, part), (0, 0, 0, 0, 0, 1), value=1.0)
+        for part in (images, test_images)
     ]  # [N, C + 1, H, W] each
 
     # Regression of each class's share of a cell. A cell weighs as much as it has counted pixels.
-    counted = scenes.masks != ignore  # [N, h, w]
-    classes = range(int(scenes.masks[counted].max()) + 1)
-    masks = torch.stack([counted, *[scenes.masks == number for number in classes]], 1).float()
-    shares = F.adaptive_avg_pool2d(masks, x.shape[2:]).to(x.device)  # [N, 1 + K, H, W]
+    counted = masks != ignore  # [N, h, w]
+    classes = masks[counted].unique()  # [K]
+    parts = torch.stack([counted, *[masks == number for number in classes]], 1).float()
+    shares = F.adaptive_avg_pool2d(parts, x.shape[2:]).to(x.device)  # [N, 1 + K, H, W]
     x = x.transpose(0, 1).flatten(1)  # [N, C + 1, H, W] -> [C + 1, NHW]
     shares = shares.transpose(0, 1).flatten(1)  # [N, 1 + K, H, W] -> [1 + K, NHW]
     gram = (x * shares[0]) @ x.T  # [C + 1, C + 1]
@@ -500,9 +599,10 @@ def linear_probe(backbone, scenes, held_out, ignore=255):
     weight = torch.linalg.solve(gram, x @ shares[1:].T).T  # [C + 1, K] -> [K, C + 1]
 
     logits = F.conv2d(test, weight[:, :, None, None])  # [N, C + 1, H, W] -> [N, K, H, W]
-    logits = F.interpolate(logits, held_out.masks.shape[1:], mode="bilinear")  # [N, K, h, w]
-    predicted = logits.argmax(1).cpu()  # [N, h, w]
-    return mean_iou(predicted, held_out.masks, len(classes), ignore)
+    logits = F.interpolate(logits, test_masks.shape[1:], mode="bilinear")  # [N, K, h, w]
+    predicted = classes[logits.argmax(1).cpu()]  # [N, h, w]
+    highest = torch.cat([classes, test_masks[test_masks != ignore]]).max()
+    return mean_iou(predicted, test_masks, highest + 1, ignore)
 
 
 def mean_iou(predicted, masks, classes, ignore=255):
@@ -511,7 +611,7 @@ def mean_iou(predicted, masks, classes, ignore=255):
     ious = []
     for number in range(classes):
         found = (predicted == number) & counted
-        true = masks == number
+        true = (masks == number) & counted
         ious.append((found & true).sum() / (found | true).sum())
     return 100 * torch.stack(ious).nanmean().item()
 
@@ -548,23 +648,24 @@ class Scenes:
 def draw_scene(seed, number, size):
     """One landscape, painted from back to front: image uint8 [size, size, 3], mask [size, size]."""
     rng = np.random.default_rng([seed, number])
+    uniform = rng.uniform
     y, x = np.mgrid[:size, :size].astype(np.float32) / size  # y runs downward
     smooth, rough, grain = [noise(rng, size, slope) for slope in (1.6, 1.1, 0.3)]
-    sky = rng.uniform((0.25, 0.4, 0.55), (0.65, 0.6, 0.85))
-    horizon = rng.uniform(0.35, 0.55)
+    sky = uniform((0.25, 0.4, 0.55), (0.65, 0.6, 0.85))
+    horizon = uniform(0.35, 0.55)
     depth = (y - horizon) / (1 - horizon)  # 0 at the horizon, 1 at our feet
     land = depth > 0
 
     # A layer is its class, where it is, its colour and its shade from pixel to pixel.
-    ridge = horizon - rng.uniform(0.05, 0.15) + 0.06 * smooth[0]
+    ridge = horizon - uniform(0.05, 0.15) + 0.06 * smooth[0]
     slope = np.roll(rough, 2, 1) - rough
-    river = np.abs(depth + 0.06 * smooth - rng.uniform(0.1, 0.8)) < rng.uniform(0.05, 0.2)
-    road = np.abs(x - rng.uniform(-0.2, 1.2) - rng.uniform(-0.6, 0.6) * depth)
+    river = abs(depth + 0.06 * smooth - uniform(0.1, 0.8)) < uniform(0.05, 0.2)
+    road = abs(x - uniform(-0.2, 1.2) - uniform(-0.6, 0.6) * depth)
     road /= 0.02 + 0.2 * depth  # 0 in its middle, 1 at its edges
     line = road < 0.06
     layers = [
         ("sky", y >= 0, sky, 0.9 * y / horizon),
-        ("cloud", rng.uniform(0, 1.2) + 2 * y < smooth.T, 0.85, 0.08 * rough),
+        ("cloud", uniform(0, 1.2) + 2 * y < smooth.T, 0.85, 0.08 * rough),
         ("mountain", y > ridge, 0.5 * sky + 0.2, 0.2 * slope),
         ("meadow", land, (0.38, 0.48, 0.22), 0.1 * smooth + 0.3 * depth * grain),
         ("water", land & river, 0.6 * sky + (0.1, 0.2, 0.25), 0.15 * rough.T),
@@ -572,14 +673,14 @@ def draw_scene(seed, number, size):
     ]
 
     # Trees and houses, the farthest first. u runs from their middle, v upward from their foot.
-    for near in np.sort(rng.uniform(0.02, 0.8, rng.integers(5, 14))):
+    for near in np.sort(uniform(0.02, 0.8, rng.integers(5, 14))):
         height = 0.06 + 0.3 * near
-        u = np.abs(x - rng.random()) * rng.uniform(0.8, 1.3) / height
+        u = abs(x - rng.random()) * uniform(0.8, 1.3) / height
         v = (near - depth) * (1 - horizon) / height
         if rng.random() < 0.4:
             walls = (u < 0.55) & (v > 0) & (v < 1.1 - 0.9 * u)
-            windows = np.abs(7 * u % 2 - 1) < 0.4
-            windows &= np.abs(v - 0.32) < 0.14
+            windows = abs(7 * u % 2 - 1) < 0.4
+            windows &= abs(v - 0.32) < 0.14
             layers.append(("house", walls, (0.7, 0.6, 0.5), 0.03 * grain - 0.5 * windows))
         else:
             crown = np.hypot(u / 0.42, (v - 0.6) / 0.6) + 0.1 * grain < 1
@@ -588,10 +689,10 @@ def draw_scene(seed, number, size):
     image = np.zeros((size, size, 3), np.float32)
     mask = np.zeros((size, size), np.int64)
     for name, where, colour, shade in layers:
-        colour = colour + rng.uniform(-0.12, 0.12, 3) + rng.uniform(-0.1, 0.1)  # new in each scene
+        colour = colour + uniform(-0.12, 0.12, 3) + uniform(-0.1, 0.1)  # new in each scene
         image[where] = (colour * (1 + shade[where])[:, None]).clip(0.02, 1.2)  # [pixels, 3]
         mask[where] = CLASSES.index(name)
-    light = rng.uniform(0.7, 1.1, 3)
+    light = uniform(0.7, 1.1, 3)
     return (255 * (image * light).clip(0, 1)).astype(np.uint8), mask
 
 
@@ -605,4 +706,7 @@ def noise(rng, size, slope):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\ntrain.py: interrupted; the same command continues from the last checkpoint")
