@@ -69,6 +69,7 @@ def parse(argv):
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = argparse.ArgumentParser(
         usage="train.py [--data DIR] [flags]",
+        epilog=f"The demo has other values: {' '.join(f'--{k} {v}' for k, v in DEMO.items())}.",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -171,6 +172,11 @@ class LARS(torch.optim.Optimizer):
 ENDINGS = (*IMG_EXTENSIONS, ".gif", ".avif", ".jfif", ".jpe", ".jp2", ".mpo")
 
 
+def printable(name):
+    """A file's name, with ? for bytes that are no text."""
+    return os.fsencode(name).decode(errors="replace")
+
+
 def find_images(folder):
     """Names of the images below a folder, relative to it, and how many files of which endings
     are left out. Raises OSError for a folder that cannot be read.
@@ -182,15 +188,37 @@ def find_images(folder):
     folder = os.path.join(folder, "")
     names, left_out = [], collections.Counter()
     for place, folders, files in os.walk(folder, onerror=unreadable):
+        links = [os.path.islink(os.path.join(place, name)) for name in folders]
+        left_out["links to folders"] += sum(links)  # not followed
+        left_out["hidden"] += sum(name[0] == "." for name in folders + files)
         folders[:] = [name for name in folders if name[0] != "."]
         for name in files:
             ending = os.path.splitext(name)[1].lower()
-            if name[0] != "." and ending in ENDINGS:
+            if name[0] == ".":
+                continue
+            if ending in ENDINGS:
                 names.append(os.path.join(place, name)[len(folder) :])
             else:
-                left_out["hidden" if name[0] == "." else ending or "without ending"] += 1
+                left_out[printable(ending) or "without ending"] += 1
     # Bytes take a quarter of the memory of text. Each worker may have a copy.
-    return np.array([os.fsencode(name) for name in sorted(names)]), left_out
+    return np.array([os.fsencode(name) for name in sorted(names)]), +left_out
+
+
+def open_data(args):
+    """The images of a run, and in words what is left out. Notes in args what they are."""
+    if args.data is None:
+        images, left_out = Scenes(SCENES, args.seed).images, collections.Counter()
+    elif args.out.resolve().is_relative_to(Path(args.data).resolve()):
+        raise ValueError(f"expected --out outside of --data, found {args.out} in {args.data}")
+    else:
+        images, left_out = find_images(args.data)
+    kinds = [f"{count} {kind}" for kind, count in left_out.most_common(9)]
+    left_out = ", ".join(kinds + ["others"] * (len(left_out) > 9)) or "nothing"
+    if len(images) == 0:
+        raise ValueError(f"expected images below {args.data!r}, found none; left out: {left_out}")
+    args.images = len(images)
+    args.file_names = zlib.crc32(np.asarray(images).tobytes())
+    return images, left_out
 
 
 def load_image(path, size=None, scale=0.08):
@@ -212,10 +240,10 @@ def load_image(path, size=None, scale=0.08):
     values = np.asarray(upright)
     if upright.mode == "I" and getattr(image, "tag_v2", {}).get(339, (1,)) == (1,):
         values = values.view(np.uint32)
-    finite = values[np.isfinite(values)].astype(np.float64)
-    low, high = np.percentile(finite, [0.1, 99.9])
-    if low == high:
-        low, high = finite.min(), finite.max()
+    known = values[np.abs(values) < 3e38].astype(np.float64)  # nan, infinity and "no data" are not
+    low, high = np.percentile(known, [0.1, 99.9])
+    if high - low <= 1e-9 * abs(high):  # equal, up to rounding
+        low, high = known.min(), known.max()
     values = np.nan_to_num((values - low) / (high - low or 1)).clip(0, 1)
     return Image.fromarray((255 * values).astype(np.uint8)).convert("RGB")
 
@@ -259,7 +287,7 @@ class Samples:
             try:
                 return load_image(path, self.views.size, self.views.scale[0]), number
             except Exception as error:  # decoders raise many kinds
-                reason = f"cannot read {path}: {error!r}"
+                reason = f"cannot read {printable(path)}: {error!r}"
                 print(f"warning: {reason}; the next sample is used", flush=True)
         raise RuntimeError(f"ten images in a row cannot be read; the last: {reason}")
 
@@ -302,7 +330,8 @@ def load_checkpoint(out, settings):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         old = dict(checkpoint["settings"])
     except Exception as error:  # of another program, damaged, or with code, which is not run
-        raise ValueError(f"expected a checkpoint of train.py, found {path} ({error!r})") from error
+        found = f"{path} ({type(error).__name__})"
+        raise ValueError(f"expected a checkpoint of train.py, found {found}") from error
     changes = [f"{k} was {old.get(k)}, is {v}" for k, v in settings.items() if old.get(k) != v]
     if changes:
         raise ValueError(f"expected the settings of {path}, but {'; '.join(changes)}")
@@ -347,7 +376,7 @@ def agreement(ranks):
         with contextlib.redirect_stderr(io.StringIO()):  # torch.fx prints what it raises
             yield state
     except (AssertionError, OSError, RuntimeError, ValueError) as error:
-        state = {"refusal": str(error).partition("\n")[0]}
+        state = {"refusal": (str(error) or repr(error)).partition("\n")[0]}
     states = [state] * ranks
     if ranks > 1:
         distributed.all_gather_object(states, state)
@@ -383,19 +412,11 @@ def main(argv=None):
 
     with agreement(ranks) as state:
         # Data
-        if args.data is None:
-            images, left_out = Scenes(SCENES, args.seed).images, {}
-        elif out.resolve().is_relative_to(Path(args.data).resolve()):
-            raise ValueError(f"expected --out outside of --data, found {out} in {args.data}")
-        else:
-            images, left_out = find_images(args.data)
-        left_out = ", ".join(f"{count} {ending}" for ending, count in left_out.items()) or "nothing"
+        images, left_out = open_data(args)
         share = args.batch // ranks
         if args.batch > len(images) or args.batch % ranks != 0:
-            wanted = f"a batch <= {len(images)} images, a multiple of {ranks}"
-            raise ValueError(f"expected {wanted}, found {args.batch}; left out: {left_out}")
-        args.images = len(images)
-        args.file_names = zlib.crc32(np.asarray(images).tobytes())
+            wanted = f"a batch of at most {len(images)} images, a multiple of {ranks}"
+            raise ValueError(f"expected {wanted}, found {args.batch}")
         epoch_steps = len(images) / args.batch
         args.steps = args.steps or max(1, round(args.epochs * epoch_steps))
         args.warmup_steps = min(round(args.warmup_epochs * epoch_steps), args.steps // 4)
@@ -413,7 +434,7 @@ def main(argv=None):
         settings = {name: value for name, value in vars(args).items() if name not in FREE}
         checkpoint = load_checkpoint(out, settings)
         step = checkpoint["step"]
-        state.update(settings, step=step)
+        state.update({"images": args.images} | settings | {"step": step})
         held = lock(out) if rank == 0 else None
 
     # Optimizer and precision. The scaler keeps small gradients of fp16 from vanishing.
@@ -437,10 +458,7 @@ def main(argv=None):
     pin = device == "cuda"
     loader = DataLoader(samples, batch_sampler=batches, num_workers=args.workers, pin_memory=pin)
     if rank == 0:
-        with open(out / "metrics.jsonl", "a") as file:  # records after last.pt are made again
-            file.truncate(min(file.tell(), checkpoint["metrics_size"]))
-        about = f"{args.arch} on {len(images)} images (left out: {left_out})"
-        print(f"{out}: {about}, {device}, {args.amp}, step {step}", flush=True)
+        start_log(args, left_out, step, checkpoint["metrics_size"])
     outputs = []
     recorded = saved = time.monotonic()
     for batch in loader:
@@ -460,16 +478,15 @@ def main(argv=None):
         optimizer.zero_grad()
 
         step += 1
-        last = step == args.steps
         outputs.append(torch.stack(output).detach())  # [4]
         if rank == 0 and args.keep and step % args.keep == 0:
             save(out / f"backbone-{step}.pt", weights_of(model.backbone.body))
-        if step % RECORD_STEPS == 0 or last:
+        if step % RECORD_STEPS == 0 or step == args.steps:
             values = means_of(outputs, ranks) | {"lr": lr, "m": m}
             now = time.monotonic()
             if rank == 0:
                 record(args, step, values, len(outputs) / (now - recorded))
-            if rank == 0 and (last or now - saved > SAVE_SECONDS):
+            if rank == 0 and (now - saved > SAVE_SECONDS or step == args.steps):
                 save_checkpoint(out, settings, step, parts)
                 saved = now
             outputs, recorded = [], now
@@ -480,8 +497,16 @@ def main(argv=None):
             finish(args, samples, initial.to(device), model.backbone)
         print(f"complete: {args.steps} steps; {out} has backbone.pt, features.png, metrics.jsonl")
         held.close()
-    if ranks > 1:
+    if "RANK" in os.environ:
         distributed.destroy_process_group()
+
+
+def start_log(args, left_out, step, metrics_size):
+    """Removes records of steps that will be made again, and prints the first line of the log."""
+    with open(args.out / "metrics.jsonl", "a") as file:
+        file.truncate(min(file.tell(), metrics_size))
+    about = f"{args.arch} on {args.images} images (left out: {left_out})"
+    print(f"{args.out}: {about}, {args.device}, {args.amp}, step {step}", flush=True)
 
 
 def means_of(outputs, ranks):
@@ -500,12 +525,12 @@ def record(args, step, values, speed):
     with open(args.out / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": step} | values) + "\n")
     minutes = (args.steps - step) / speed / 60
-    left = f"{minutes:.1f} min" if minutes < 600 else f"{minutes / 60:.0f} h"
-    figures = "loss {loss:.4g} similarity {similarity:.2f} spread {spread:.2f}".format(**values)
+    left = f"{minutes:.0f} min" if minutes < 59.5 else f"{minutes / 60:.3g} h"
+    figures = "loss {loss:.3f} similarity {similarity:.2f} spread {spread:.2f}".format(**values)
     speed = f"{speed * args.batch:.0f} images/s"
     print(f"{step}/{args.steps} {figures} {speed} {left} left", flush=True)
     if values["spread"] < 0.4 and step > args.warmup_steps:  # healthy runs stay above
-        print("warning: low spread, the features may have collapsed")
+        print("warning: low spread, the features may have collapsed", flush=True)
 
 
 def auto_amp(device):
@@ -528,10 +553,8 @@ def finish(args, samples, initial, trained):
         test = Scenes(PROBE_SCENES, args.seed, SCENES + PROBE_SCENES)
         images, test_images = [fitted(initial, part.images, args.size) for part in (scenes, test)]
         data = (images, scenes.masks, test_images, test.masks)
-        start, blocks_on = (
-            linear_probe(initial, *data),
-            linear_probe(with_blocks_on(initial), *data),
-        )
+        start = linear_probe(initial, *data)
+        blocks_on = linear_probe(with_blocks_on(initial), *data)
         print(f"linear probe, mIoU {start:.1f}: random, as the recipe starts it")
         print(f"linear probe, mIoU {blocks_on:.1f}: random, with its residual blocks switched on")
         print(f"linear probe, mIoU {linear_probe(trained, *data):.1f}: pre-trained")
@@ -547,7 +570,8 @@ def finish(args, samples, initial, trained):
 
 def fitted(backbone, images, size):
     """The images, resized if the network refuses theirs: some networks take one size alone."""
-    with contextlib.suppress(AssertionError, RuntimeError):
+    quiet = contextlib.redirect_stderr(io.StringIO())  # torch.fx prints what it raises
+    with contextlib.suppress(AssertionError, RuntimeError), quiet:
         frozen_features(backbone, images[:1])
         return images
     return v2.functional.resize(images, [size, size])
@@ -601,7 +625,7 @@ def linear_probe(backbone, images, masks, test_images, test_masks, ignore=255):
     logits = F.conv2d(test, weight[:, :, None, None])  # [N, C + 1, H, W] -> [N, K, H, W]
     logits = F.interpolate(logits, test_masks.shape[1:], mode="bilinear")  # [N, K, h, w]
     predicted = classes[logits.argmax(1).cpu()]  # [N, h, w]
-    highest = torch.cat([classes, test_masks[test_masks != ignore]]).max()
+    highest = int(torch.cat([classes, test_masks[test_masks != ignore]]).max())
     return mean_iou(predicted, test_masks, highest + 1, ignore)
 
 

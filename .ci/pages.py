@@ -52,7 +52,7 @@ def check_flags():
     ours = {"--" + name.replace("_", "-") for name in vars(train.parse([]))} | {"--help"}
     torchruns = {"--nproc", "--nnodes", "--standalone", "--max-restarts", "--rdzv"}
     slurms = {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--requeue"}
-    scripts = {"--labels"}  # of .ci/photographs.py
+    scripts = {"--labels"}  # of .ci/experiments.py
     flags = set(re.findall(r"(?<![-|])--[a-z][a-z-]*", README))
     assert flags <= ours | torchruns | slurms | scripts, flags - ours
 
@@ -74,10 +74,12 @@ def check_notebook_defines_nothing_again():
     defined = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     names = [node for node in nodes if isinstance(node, ast.Name)]
     assigned = {node.id for node in names if isinstance(node.ctx, ast.Store)}
-    ours = {
-        name for module in (pixpro, train) for name in vars(module) if callable(vars(module)[name])
-    }
-    assert len(defined) > 10 and not (defined | assigned) & ours
+    pixpros, trains = [
+        {name for name, value in vars(module).items() if callable(value)}
+        for module in (pixpro, train)
+    ]
+    assert len(defined) > 10 and not defined & (pixpros | trains)
+    assert not assigned & pixpros  # a variable may be called as a function of train is
 
 
 def check_imports():

@@ -34,12 +34,12 @@ CURVES = (
 plt.rcParams.update({"font.size": 15, "axes.spines.top": False, "axes.spines.right": False})
 
 
-def prediction_of(backbone, scenes, held_out):
-    """What the linear probe says of the held-out scenes [N, h, w]."""
+def prediction_of(backbone, fit, test):
+    """What the linear probe, fitted on scenes, says of the test scenes [N, h, w]."""
     kept = []
     mean_iou = train.mean_iou
     train.mean_iou = lambda predicted, *rest: kept.append(predicted) or mean_iou(predicted, *rest)
-    train.linear_probe(backbone, scenes, held_out)
+    train.linear_probe(backbone, fit.images, fit.masks, test.images, test.masks)
     train.mean_iou = mean_iou
     return kept[0]
 

@@ -8,7 +8,7 @@ The shorter checks stand in the chapter itself.
 import math
 
 import torch
-from photographs import tutorial
+from experiments import tutorial
 
 from pixpro import Backbone, positive_pairs
 
