@@ -75,14 +75,14 @@ class TwoViews:
         """A random crop, resized, mirrored half of the time: [3, h, w] -> [3, size, size], [4]."""
         crop = v2.RandomResizedCrop.get_params(image, self.scale, (3 / 4, 4 / 3))
         view = v2.functional.crop(image, *crop)  # [3, height, width]
-        if image.is_contiguous():  # plane by plane, which torchvision resizes 2 to 4 times slower
+        if view.stride(2) == 1:  # plane by plane, which torchvision resizes at half the speed
             view = torch.stack(view.unbind(), 2).permute(2, 0, 1)  # [h, w, 3] -> [3, h, w]
         view = v2.functional.resize(view, [self.size] * 2)  # [3, size, size]
         top, left, height, width = crop
         box = [left, top, left + width, top + height]
         box = torch.tensor(box, device=image.device).float()  # [4]
         if torch.rand(()) < 0.5:
-            view = v2.functional.horizontal_flip(view)
+            view = view.flip(2)
             box = box[[2, 1, 0, 3]]  # x0 and x1 change places
         return view, box
 
