@@ -61,8 +61,8 @@ def number(kind, least, most=1e12):
     return number
 
 
-def parse(argv):
-    """The flags, with the paper's values, or the demo's, for those that are not given."""
+def new_parser():
+    """The flags and the paper's values."""
     count, natural, share = number(int, 1), number(int, 0), number(float, 1e-9, 1)
     positive, not_negative = number(float, 1e-9), number(float, 0)
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
@@ -105,7 +105,12 @@ def parse(argv):
     add("--device", str, devices[0], "where to train", devices)
     parser.add_argument("--heads", action="store_true", help="train an FPN and a head, too")
     parser.add_argument("--compile", action="store_true", help="use torch.compile")
+    return parser
 
+
+def parse(argv):
+    """The flags, with the paper's values, or the demo's, for those that are not given."""
+    parser = new_parser()
     args = parser.parse_args(argv)
     recipe = args.recipe or ("demo" if args.data is None else "paper")
     if recipe == "demo":  # what stands in the namespace goes before the defaults
