@@ -36,6 +36,7 @@ import os
 import re
 import shutil
 import signal
+import site
 import subprocess
 import sys
 import tempfile
@@ -3369,6 +3370,32 @@ def hand_out(words, folder):
         print(f"  {EXERCISES[word].functions}: {EXERCISES[word].command()}")
 
 
+# Written beside the graded file: each test reports as data, so that what is printed is never read.
+CONFTEST = """import json
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call" or report.outcome != "passed":
+        crash = getattr(report.longrepr, "reprcrash", None)
+        message = str(crash.message if crash else report.longrepr)
+        row = [report.nodeid.split("::")[1].split("[")[0], report.outcome, message]
+        with open("reports.jsonl", "a") as file:
+            file.write(json.dumps(row) + chr(10))
+"""
+KEPT = ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT")  # of the teacher's environment
+
+
+def verdict_of(exercise, tests, reports):
+    """Passed, only if each of its tests reported that it passed, and did nothing else."""
+    for test in [t for t in tests if any(w in t for w in exercise.tests.split(" or "))]:
+        own = [(outcome, message) for name, outcome, message in reports if name == test]
+        for outcome, message in own or [("missing", "it did not run")]:
+            if outcome != "passed":
+                message = message.partition("\n")[0].removeprefix("Failed: ")
+                return f"failed  {test}: {message.removeprefix('AssertionError: ')}"
+    return "passed"
+
+
 def grade(file):
     """Prints for each exercise whether this pixpro.py or train.py passes the tests here."""
     try:
@@ -3382,29 +3409,32 @@ def grade(file):
         for other in (*HANDED_OUT[:3], "README.md"):
             shutil.copy(HERE / other, folder)
         (Path(folder) / name).write_text(source, "utf-8")
-        tests = " or ".join(EXERCISES[word].tests for word in words)
+        (Path(folder) / "conftest.py").write_text(CONFTEST, "utf-8")
+        (Path(folder) / "pytest.ini").write_text("[pytest]", "utf-8")  # no other one counts
+        words_of_tests = " or ".join(EXERCISES[word].tests for word in words)
         command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
-        environment = {**os.environ, "COLUMNS": "2000"}  # whole sentences
-        options = {"capture_output": True, "text": True, "timeout": 600}
+        environment = {key: os.environ[key] for key in KEPT if key in os.environ}
+        environment |= {"HOME": folder, "PYTHONUSERBASE": site.getuserbase()}
+        options = {"capture_output": True, "text": True, "timeout": 600, "env": environment}
+        options |= {"cwd": folder, "stdin": subprocess.DEVNULL}
         try:
-            done = subprocess.run([*command, "-k", tests], cwd=folder, env=environment, **options)
+            done = subprocess.run([*command, "-k", words_of_tests], **options)
         except subprocess.TimeoutExpired:
             sys.exit(f"expected an end within ten minutes, found none: does a loop of {file} end?")
+        lines = Path(folder, "reports.jsonl")
+        lines.touch()  # without a test that ended there is none
+        reports = [json.loads(line) for line in lines.read_text("utf-8").splitlines()]
     if done.returncode not in (0, 1):
         reasons = re.findall(r"^E +(.+)$", done.stdout, re.MULTILINE) or [done.stderr]
         sys.exit(f"expected a {name} that can be imported, found {file}: {reasons[-1]}")
-    failures = re.findall(r"^(?:FAILED|ERROR) \S+::(\w+)\S* - (.*)$", done.stdout, re.MULTILINE)
+    nodes = ast.parse((HERE / "test_pixpro.py").read_text("utf-8")).body
+    tests = [node.name for node in nodes if getattr(node, "name", "").startswith("test_")]
     for word in words:
         exercise = EXERCISES[word]
         bodies = [find(tree, function) for function in exercise.functions.split()]
         is_open = any(body is None or "NotImplementedError" in ast.unparse(body) for body in bodies)
-        own = [f for f in failures if any(w in f[0] for w in exercise.tests.split(" or "))]
-        verdict = "passed"
-        if own:
-            test, message = own[0]
-            message = message.removeprefix("Failed: ").removeprefix("AssertionError: ")
-            verdict = "open" if is_open else f"failed  {test}: {message}"
-        print(f"{word:9} {verdict}")
+        verdict = verdict_of(exercise, tests, reports)
+        print(f"{word:9} {'open' if is_open and verdict != 'passed' else verdict}")
 
 
 def list_exercises():
@@ -3434,6 +3464,26 @@ def test_handing_out_and_grading(tmp_path, capsys):
     assert printed[1].startswith(failed) and printed[1].endswith("Perhaps there is no warm-up.")
     with pytest.raises(SystemExit, match="a file of Python"):
         grade(tmp_path / "nothing.py")
+
+
+def test_grading_says_passed_for_nothing_that_did_not_run(tmp_path, monkeypatch, capsys):
+    """Whatever the teacher's shell asks of pytest, and for a file that ends the process."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--color=yes --no-summary -x")
+    source = (HERE / "train.py").read_text("utf-8")
+    peak = "    return floor + (peak - floor)"
+    for name, text, verdicts in (
+        (
+            "wrong.py",
+            source.replace(peak, "    return peak"),
+            ["lars      passed", "schedule  failed"],
+        ),
+        ("ends.py", f"import os; os._exit(0)\n{source}", ["lars      failed", "schedule  failed"]),
+    ):
+        (tmp_path / name).write_text(text, "utf-8")
+        grade(tmp_path / name)
+        printed = capsys.readouterr().out.splitlines()
+        assert [line[:16] for line in printed] == verdicts
 
 
 if __name__ == "__main__":
