@@ -242,8 +242,8 @@ def load_image(path, size=None, scale=0.08):
         return upright.convert("RGB")
 
     # Grey, of more than 8 bits. Tag 339 of a TIFF says whether integers have signs; PIL ignores it.
-    values = np.asarray(upright)
-    if upright.mode == "I" and getattr(image, "tag_v2", {}).get(339, (1,)) == (1,):
+    values, tags = np.asarray(upright), getattr(image, "tag_v2", {})
+    if upright.mode == "I" and tags.get(339, (1,)) == (1,):
         values = values.view(np.uint32)
     known = values[np.abs(values) < 3e38].astype(np.float64)  # nan, infinity and "no data" are not
     low, high = np.percentile(known, [0.1, 99.9])
