@@ -1,7 +1,4 @@
-"""README's snippets run; README and the tutorial agree with the project.
-
-pytest .ci/test_readme.py
-"""
+"""README's snippets run; README and the tutorial agree with the project."""
 
 import argparse
 import ast
@@ -138,7 +135,6 @@ def test_pages_name_what_exists():
     headings = {f"#{title.lower().replace(' ', '-')}" for title in re.findall(r"\n#+ (.+)", README)}
     assert set(re.findall(r"\]\((#[^)]+)\)", README)) <= headings
     assert "pip install matplotlib ipykernel" in README
-
     ours = {"--" + name.replace("_", "-") for name in vars(train.parse([]))} | {"--help"}
     torchruns = {"--nproc", "--nnodes", "--standalone", "--max-restarts", "--rdzv"}
     slurms = {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--requeue"}
@@ -176,10 +172,8 @@ def test_the_tutorial_defines_nothing_again():
     defined = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     names = [node for node in nodes if isinstance(node, ast.Name)]
     assigned = {node.id for node in names if isinstance(node.ctx, ast.Store)}
-    pixpros, trains = [
-        {name for name, value in vars(module).items() if callable(value)}
-        for module in (pixpro, train)
-    ]
+    pixpros = {name for name, value in vars(pixpro).items() if callable(value)}
+    trains = {name for name, value in vars(train).items() if callable(value)}
     assert len(defined) > 10 and not defined & (pixpros | trains)
     assert not assigned & pixpros  # a variable may be called as a function of train is
 

@@ -1,7 +1,4 @@
-"""Whole runs of train.py: flags, refusals, kills, full disks, ranks, and every kind of network.
-
-pytest .ci/test_runs.py
-"""
+"""Whole runs of train.py: flags, refusals, kills, full disks, ranks, and every kind of network."""
 
 import argparse
 import json
@@ -82,17 +79,13 @@ def metrics(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def load(path):
-    return torch.load(path, weights_only=True)
-
-
 def assert_same(out, whole):
     """Bit for bit: weights, state of the optimizer, records, picture."""
     names = {path.name for path in out.glob("*") if path.is_file()} - {"writing.tmp"}
     assert names == contents(whole).keys()
     for name in names - {"last.pt"}:
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
-    one, other = load(out / "last.pt"), load(whole / "last.pt")
+    one, other = torch.load(out / "last.pt"), torch.load(whole / "last.pt")
     assert one.pop("settings") == other.pop("settings")
     torch.testing.assert_close(one, other, rtol=0, atol=0)
 
@@ -111,18 +104,14 @@ def run_disturbed(number, name, action, *arguments):
         run(*arguments)
 
 
-class Killed(BaseException):
-    pass
-
-
 def die(*arguments):
     if isinstance(arguments[0], dict):  # of torch.save, which dies midway
         arguments[1].write_bytes(b"half a checkpoint")
-    raise Killed
+    raise KeyboardInterrupt  # like a kill, it is caught nowhere in a run
 
 
 def run_killed(number, name, *arguments):
-    with pytest.raises(Killed):
+    with pytest.raises(KeyboardInterrupt):
         run_disturbed(number, name, die, *arguments)
 
 
@@ -153,18 +142,16 @@ def test_a_demo_run_writes_everything(tmp_path, capsys):
     names = ["random, as the recipe starts it", "random, with its residual blocks switched on"]
     assert [name for _, name in probes] == [*names, "pre-trained"]
     assert len({miou for miou, _ in probes}) == 3 and "complete: 2 steps" in printed
-    figures = ["step", "loss", "similarity", "pairs", "spread", "lr", "m"]  # no wall-clock figures
-    assert [list(record) for record in metrics(tmp_path)] == [figures] * 2
     before = contents(tmp_path)
     assert before.keys() == files | {"metrics.jsonl", "features.png"}
     assert before["backbone-2.pt"] == before["backbone.pt"] != before["backbone-1.pt"]
     run(tmp_path, *flags[:-1], 5)  # nothing is left to do
     assert contents(tmp_path) == before
 
-    model, heads = load(tmp_path / "last.pt")["model"], load(tmp_path / "heads.pt")
+    model, heads = torch.load(tmp_path / "last.pt")["model"], torch.load(tmp_path / "heads.pt")
     assert all(torch.equal(w, model[f"backbone.{name}"]) for name, w in heads.items())
     Heads("resnet18").load_state_dict(heads)
-    network, weights = torchvision.models.resnet18(), load(tmp_path / "backbone.pt")
+    network, weights = torchvision.models.resnet18(), torch.load(tmp_path / "backbone.pt")
     missing, unexpected = network.load_state_dict(weights, strict=False)
     assert missing == ["fc.weight", "fc.bias"] and not unexpected
     for state in (weights, heads):
@@ -196,8 +183,7 @@ def test_a_line_of_the_log_has_80_columns_and_warns_of_collapse(tmp_path, capsys
         assert ("the features may have collapsed" in capsys.readouterr().out) == warned
     args.steps, args.batch = 125100, 1024  # the paper's
     train.record(args, 99990, values | {"loss": 15.4321}, 1.25)
-    line = capsys.readouterr().out
-    assert line.endswith("1280 images/s 5.58 h left\n") and len(line) <= 81
+    assert re.fullmatch(r".{,55}1280 images/s 5.58 h left\n", capsys.readouterr().out)
 
 
 # After the last step before a checkpoint, and after the one before, so that the loss shows it.
@@ -209,7 +195,7 @@ def test_numbers_that_are_not_finite_are_never_saved(images, tmp_path, monkeypat
     monkeypatch.setattr(train, "RECORD_STEPS", 2)
     with pytest.raises(FloatingPointError, match=words):
         run_disturbed(step, "train.LARS.step", spoil, tmp_path, "--data", images, "--steps", 6)
-    assert load(tmp_path / "last.pt")["step"] == 2
+    assert torch.load(tmp_path / "last.pt")["step"] == 2
     assert contents(tmp_path).keys() == {"last.pt", "lock", "metrics.jsonl"}
 
 
@@ -256,7 +242,6 @@ def test_flags_have_the_papers_values_and_the_demos(monkeypatch):
 REFUSED = [
     ("--obj pixpro", "unrecognized arguments: --obj"),
     ("--batch 0", "argument --batch: expected 1 to 1e+12, found 0"),
-    ("--seed -1", "argument --seed: expected 0 to 1e+12, found -1"),
     ("--lr nan", "argument --lr: expected 1e-09 to 1e+12, found nan"),
     ("--crop-scale 1.1", "argument --crop-scale: expected 1e-09 to 1, found 1.1"),
     ("--out {new} --arch resnet19", "classification network of torchvision, found 'resnet19'"),
@@ -294,7 +279,7 @@ def test_a_refusal_writes_nothing(images, whole, tmp_path, capsys, flags, words)
 
 
 def test_what_is_no_checkpoint_is_refused(whole, tmp_path):
-    path, last = tmp_path / "last.pt", load(whole / "last.pt")
+    path, last = tmp_path / "last.pt", torch.load(whole / "last.pt")
     for other in (
         {"epoch": 3},
         last["model"],
@@ -310,26 +295,23 @@ def test_what_is_no_checkpoint_is_refused(whole, tmp_path):
             train.load_checkpoint(tmp_path, last["settings"])
 
 
-def test_a_folder_is_not_locked_where_it_cannot_be(tmp_path, monkeypatch):
+def test_what_a_machine_may_lack(tmp_path, monkeypatch):
+    """Locks of files, in a file system or at all; bf16; a list of what the CPU can."""
     fcntl = mock.Mock(LOCK_EX=2, LOCK_NB=4)
-    fcntl.lockf.side_effect = OSError  # a file system without locks
-    for module in (fcntl, None):  # Windows has no module
+    fcntl.lockf.side_effect = OSError
+    for module in (fcntl, None):
         monkeypatch.setattr(train, "fcntl", module)
         train.lock(tmp_path).close()
-
-
-def test_amp_is_bf16_where_the_hardware_has_it(monkeypatch):
     for flags, amp in (("avx512_bf16", "bf16"), ("amx_bf16", "bf16"), ("avx512f", "off")):
         monkeypatch.setattr(Path, "read_text", lambda path, flags=flags: flags)
         assert train.auto_amp("cpu") == amp
-    monkeypatch.setattr(Path, "exists", lambda path: False)  # not on Linux
+    monkeypatch.setattr(Path, "exists", lambda path: False)
     assert train.auto_amp("cpu") == "off"
 
 
 # ------------------------------------ Stopped and continued ------------------------------------
-INSTANCE = ["--amp", "bf16", "--instance-weight", 1, "--num-layers", 2]
 MOMENTS = [
-    (4, "train.momentum_at", INSTANCE),
+    (4, "train.momentum_at", ["--amp", "bf16", "--instance-weight", 1, "--num-layers", 2]),
     (3, "train.record", ["--objective", "pixcontrast"]),
     (1, "train.save_checkpoint", []),
     (3, "torch.save", []),
@@ -368,26 +350,19 @@ def test_train_continues_at_the_step_that_was_saved(images, tmp_path):
     assert [(record["step"], record["m"]) for record in metrics(tmp_path)] == [*zip((4, 5), wanted)]
 
 
-@pytest.mark.parametrize("file", ["last.pt", "backbone-3.pt", "metrics.jsonl"])
-def test_a_full_disk_keeps_the_last_checkpoint(images, whole, tmp_path, file):
+def test_a_full_disk_keeps_the_last_checkpoint(images, whole, tmp_path):
     """A limit on the size of files fails as a full disk does, midway."""
-    flags = ["--data", images, "--steps", 6]
-    run_killed(3, "train.momentum_at", tmp_path, *flags)
-    before = contents(tmp_path)
-    size = (whole / "backbone.pt").stat().st_size // 2
-    message = rf"cannot write .*{file}; is the disk full\?"
-    if file == "metrics.jsonl":
-        size, message = len(before[file]) + 20, "too large"
-    more = ["--keep", 3] if file == "backbone-3.pt" else []
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    arguments = [tmp_path, "--data", images, "--steps", 6]
+    run_killed(3, "train.momentum_at", *arguments)
+    before, limits = contents(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["last.pt"]) // 2, limits[1]))
     try:
-        with pytest.raises(OSError, match=message):
-            run(tmp_path, *flags, *more)
+        with pytest.raises(OSError, match=r"cannot write .*last.pt; is the disk full\?"):
+            run(*arguments)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "last.pt").read_bytes() == before["last.pt"]
-    run(tmp_path, *flags)
+    run(*arguments)
     assert_same(tmp_path, whole)
 
 
@@ -437,6 +412,7 @@ def run_ranks(log, function, *arguments):
     ranks = [start(f"{log}{k}", variables[k], function, *arguments[k]) for k in (0, 1)]
     for process in ranks:
         process.join(SECONDS)
+        process.kill()
     texts = [[Path(f"{log}{k}.{kind}").read_text() for k in (0, 1)] for kind in ("out", "err")]
     return [process.exitcode for process in ranks], *texts
 
@@ -501,28 +477,29 @@ def test_two_ranks_continue_after_one_has_died(images, whole, tmp_path):
     assert codes == [1, -signal.SIGKILL] and "off, step 2\n" in outs[0] and outs[1] == ""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [HERE / "train.py", *SMALL, "--out", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.stdout.count("complete: 6 steps") == done.stdout.count("off, step 4\n") == 1
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    printed = done.stdout
+    assert printed.count("complete: 6 steps") == printed.count("off, step 4\n") == 1, done.stderr
     before, after = metrics(whole)[3], metrics(tmp_path)[3]  # of the same samples and crops
     assert after["pairs"] == pytest.approx(before["pairs"])
     assert after["loss"] == pytest.approx(before["loss"], abs=0.2)  # BatchNorm sees half batches
 
 
-def save_gradients(rank, path):
-    distributed.init_process_group("gloo")
-    model = nn.parallel.DistributedDataParallel(small_pixpro(instance_weight=1.0).eval())
-    model(*[part[2 * rank : 2 * rank + 2] for part in small_batch()]).loss.backward()
-    torch.save([p.grad for p in trained(model)], path)
-    distributed.destroy_process_group()
-
-
 def test_the_gradient_of_two_ranks_is_the_mean(tmp_path):
+    def save_gradients(rank, path):
+        distributed.init_process_group("gloo")
+        model = nn.parallel.DistributedDataParallel(small_pixpro(instance_weight=1.0).eval())
+        model(*[part[2 * rank : 2 * rank + 2] for part in small_batch()]).loss.backward()
+        torch.save([p.grad for p in trained(model)], path)
+        distributed.destroy_process_group()
+
     paths = [tmp_path / "0.pt", tmp_path / "1.pt"]
     run_ranks(tmp_path / "log", save_gradients, *enumerate(paths))
     model = small_pixpro(instance_weight=1.0).eval()  # every image has positives
     whole = torch.autograd.grad(model(*small_batch()).loss, trained(model))
     for path in paths:
-        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(load(path), whole, strict=True))
+        for a, b in zip(torch.load(path), whole, strict=True):
+            assert torch.allclose(a, b, atol=1e-6)
 
 
 def test_one_run_has_a_folder_until_it_is_killed(images, whole, tmp_path, capsys):
@@ -530,7 +507,7 @@ def test_one_run_has_a_folder_until_it_is_killed(images, whole, tmp_path, capsys
     arguments = [tmp_path, "--data", images, "--steps", 6]
     hanging = (11, "train.load_image", lambda *_: time.sleep(SECONDS))  # in the third batch
     first = start(f"{tmp_path} log", {}, run_disturbed, *hanging, *arguments, "--workers", 2)
-    while not (tmp_path / "last.pt").exists() or load(tmp_path / "last.pt")["step"] < 4:
+    while not (tmp_path / "last.pt").exists() or torch.load(tmp_path / "last.pt")["step"] < 4:
         assert first.is_alive()
         time.sleep(0.1)
     before = contents(tmp_path)
@@ -560,18 +537,17 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize(
-    "arch, layer", [(arch, layer) for layer in NETWORKS for arch in NETWORKS[layer].split()]
-)
+@pytest.mark.parametrize("layer", NETWORKS)
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-def test_every_kind_of_network_trains(arch, layer):
+def test_every_kind_of_network_trains(layer):
     """One step: every weight gets a gradient, and all stay finite."""
-    torch.manual_seed(0)
-    size = 112 if arch in ("alexnet", "inception_v3") else 64
-    model = PixPro(Backbone(arch, layer), hidden_dim=8)
-    train.try_network(model, 2, size)
-    boxes = torch.tensor([[0.0, 0.0, 9.0, 9.0]]).expand(2, 4)
-    model(*torch.randn(2, 2, 3, size, size), boxes, boxes).loss.backward()
-    assert all(p.grad is not None for p in trained(model))
-    train.LARS(trained(model), lr=1.0).step()
-    train.weights_of(model)
+    for arch in NETWORKS[layer].split():
+        torch.manual_seed(0)
+        size = 112 if arch in ("alexnet", "inception_v3") else 64
+        model = PixPro(Backbone(arch, layer), hidden_dim=8)
+        train.try_network(model, 2, size)
+        boxes = torch.tensor([[0.0, 0.0, 9.0, 9.0]]).expand(2, 4)
+        model(*torch.randn(2, 2, 3, size, size), boxes, boxes).loss.backward()
+        assert all(p.grad is not None for p in trained(model)), arch
+        train.LARS(trained(model), lr=1.0).step()
+        train.weights_of(model)
