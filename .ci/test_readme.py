@@ -25,7 +25,6 @@ CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
 SOURCE = "\n".join("".join(cell["source"]) for cell in CODE)
 
 
-# ------------------------------------ Snippets ------------------------------------
 def names_of(words):
     """What README's one snippet with these words defines."""
     [snippet] = [snippet for snippet in SNIPPETS if words in snippet]

@@ -208,6 +208,7 @@ def test_precisions_differ_by_rounding_and_fp16_keeps_its_scale(images, tmp_path
     run_killed(2, "train.momentum_at", tmp_path / "killed", *flags, "--amp", "fp16")
     run(tmp_path / "killed", *flags, "--amp", "fp16")
     assert_same(tmp_path / "killed", tmp_path / "fp16")
+    assert torch.load(tmp_path / "killed" / "last.pt")["scaler"]["_growth_tracker"] == 2
 
 
 def test_seeds_ranks_and_steps_draw_dropout_of_their_own(images, tmp_path, monkeypatch):
