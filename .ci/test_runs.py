@@ -506,7 +506,7 @@ def test_the_gradient_of_two_ranks_is_the_mean(tmp_path):
 def test_one_run_has_a_folder_until_it_is_killed(images, whole, tmp_path, capsys):
     """Its workers live on for a while, with all that they inherited, and reserve nothing."""
     arguments = [tmp_path, "--data", images, "--steps", 6]
-    hanging = (11, "train.load_image", lambda *_: time.sleep(SECONDS))  # in the third batch
+    hanging = (11, "train.load_image", lambda *_: time.sleep(20))  # in the third batch
     first = start(f"{tmp_path} log", {}, run_disturbed, *hanging, *arguments, "--workers", 2)
     while not (tmp_path / "last.pt").exists() or torch.load(tmp_path / "last.pt")["step"] < 4:
         assert first.is_alive()
