@@ -325,6 +325,7 @@ def revealed(masks):
 def test_probe_does_not_depend_on_the_numbers_of_the_classes():
     # The fit lacks class 2, which looks like class 0 in the test: IoU 16 / 32 of class 0, 1 of
     # class 1, 0 of class 2, mean 50.
+    torch.manual_seed(0)
     stripes = torch.tensor([0, 1, 2]).repeat_interleave(16).view(1, 6, 8)
     fit, fit_masks = revealed(stripes[:, :4])
     images, _ = revealed(stripes % 2)
@@ -337,12 +338,13 @@ def test_probe_does_not_depend_on_the_numbers_of_the_classes():
 def test_probe_ignores_a_label():
     images, masks = revealed(train.Scenes(8, size=48).masks % 3)
     ignored = torch.zeros_like(masks, dtype=torch.bool)
-    ignored[:, 8:24, :16] = True
-    # What they show changes nothing, and neither does the label's number.
+    ignored[:, 8:40] = True
+    torch.manual_seed(0)
+    # Most pixels that look like class 1 are ignored, and the label's number does not matter.
+    images = torch.where(ignored[:, None], images.new_tensor([[[0]], [[255]], [[0]]]), images)
     for label in (255, 7):
         some = masks.masked_fill(ignored, label)
-        for shown in (images, images.masked_fill(ignored[:, None], 99)):
-            backbone = nn.Conv2d(3, 3, 1)
-            found = train.linear_probe(backbone, shown, some, shown, some, ignore=label)
-            assert backbone.training  # it is as it was
-            assert found == pytest.approx(100)
+        backbone = nn.Conv2d(3, 3, 1)
+        found = train.linear_probe(backbone, images, some, images, some, ignore=label)
+        assert found == pytest.approx(100)
+        assert backbone.training  # it is as it was
