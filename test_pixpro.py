@@ -3,17 +3,14 @@
 Each equation has a section with a case computed by hand, the mistakes that are often made,
 properties, gradients, an independent slow version in loops, and the authors' numbers.
 
-Test one exercise, whatever state the others are in; the first failure says what is wrong:
-
-    python -m pytest -k eq5 -x
-
-Hand out and grade:
+An exercise is a function to write again, whatever state the others are in.
 
     python test_pixpro.py                               lists the exercises
     python test_pixpro.py eq3 eq5 ../class              writes a copy where these are open
+    python -m pytest -k eq5 -x                          its first failure says what is wrong
     python test_pixpro.py grade FILE                    grades a pixpro.py or train.py
-    python test_pixpro.py grade FOLDER --csv grades.csv     every such file below a folder
     python test_pixpro.py grade FILE --only eq3 eq5     ends with code 0 if these passed, else 1
+    python test_pixpro.py grade FOLDER --csv grades.csv
 
 Grading puts the bodies of the exercises in FILE, and what they need, into the pixpro.py or train.py
 beside this file, and runs these tests, a process for each exercise. It stops mistakes and cheap
@@ -45,6 +42,7 @@ import tempfile
 import textwrap
 import time
 import types
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,8 +90,7 @@ def list_exercises():
     for word, exercise in EXERCISES.items():
         place = f"{exercise.place}, chapter {exercise.chapter}"
         print(f"{word:9} {exercise.functions:24} {place:23} {exercise.hard}")
-    print("\npython test_pixpro.py eq3 eq5 ../class    writes a copy where Eq. 3, 4 and 5 are open")
-    print("python test_pixpro.py grade FILE          grades a pixpro.py or train.py")
+    print("\nThe first lines of this file say how they are handed out and graded.")
 
 
 def in_a_clean_process(arguments):
@@ -239,16 +236,11 @@ def check_value(what, found, expected, mistakes=None, tolerance=1e-5):
         reasons = ["log 0, a division by 0 or exp of a large number makes inf"]
     else:
         known = list((mistakes or {}).items())
-        factors = {
-            -1: "the sign is wrong",
-            2: "2 is a factor too much",
-            0.5: "a factor 2 is missing",
-        }
+        factors = {-1: "the sign is wrong", 2: "it is doubled", 0.5: "it is halved"}
         reasons = [cause for value, cause in known if near(value)]
         reasons = reasons or [cause for factor, cause in factors.items() if near(expected, factor)]
-        reasons = reasons or [
-            f"{cause}; and the sign is wrong" for v, cause in known if near(v, -1)
-        ]
+        also = "; and the sign is wrong"
+        reasons = reasons or [cause + also for value, cause in known if near(value, -1)]
     perhaps = f" Perhaps {', or '.join(reasons)}." if reasons else ""
     texts = [", ".join(f"{number:.6g}" for number in numbers) for numbers in (expected, found)]
     raise Mistake(f"{what}: expected {texts[0]}, found {texts[1]}.{perhaps}")
@@ -280,21 +272,14 @@ def check_gradients(what, value, into, not_into=(), hint="detach, no_grad or ite
 
 
 def check_derivative(what, function, x):
-    """Fails unless the gradient of function at x is the slope of its values, along 8 directions."""
+    """Fails unless the gradient of function at x is the slope of its values."""
     __tracebackhide__ = True
-    x = x.detach().clone().requires_grad_()
-    [gradient] = torch.autograd.grad(function(x), x)
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(8):
-        direction = F.normalize(torch.randn(x.shape, generator=generator).flatten(), dim=0)
-        direction = direction.view(x.shape)
-        with torch.no_grad():
-            rise = function(x + 0.003 * direction) - function(x - 0.003 * direction)
-        slope, found = rise.item() / 0.006, (gradient * direction).sum().item()
-        if not abs(slope - found) < 0.005 + 0.01 * abs(slope):
-            cause = "Perhaps a part of the formula is detached, or computed under no_grad."
-            what = f"{what}: along a direction the value rises by {slope:.4f}"
-            raise Mistake(f"{what}, its gradient says {found:.4f}. {cause}")
+    options = {"eps": 3e-3, "atol": 5e-3, "rtol": 0.01, "check_undefined_grad": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # float32, as in training
+        same = torch.autograd.gradcheck(function, x, **options, raise_exception=False)
+    cause = "Perhaps a part of the formula is detached, or computed under no_grad."
+    check(same, f"{what}: the gradient is not the slope of the values. {cause}")
 
 
 def check_call(what, function, inputs, shape, dtype=torch.float32):
@@ -305,17 +290,6 @@ def check_call(what, function, inputs, shape, dtype=torch.float32):
     for number, (part, old) in enumerate(zip(inputs, before)):
         same = not torch.is_tensor(part) or torch.equal(part, old)
         check(same, f"{what}: input {number} is changed in place: others use it too.")
-
-
-def check_equal(what, found, expected, tolerance=1e-5):
-    """Fails unless the tensors agree, and names the element that is worst."""
-    __tracebackhide__ = True
-    error = (found.detach() - expected).abs()
-    if not (error <= tolerance).all():
-        where = np.unravel_index(int(error.nan_to_num(math.inf).argmax()), error.shape)
-        where = tuple(map(int, where))
-        values = f"expected {expected[where]:.6f}, found {found[where]:.6f}"
-        raise Mistake(f"{what}: element {list(where)}: {values}.")
 
 
 def check_without_pairs(what, loss):
@@ -418,6 +392,7 @@ EQ1_MISTAKES = {
     0.0: "the pair is always positive: the comparison is the wrong way round",
     1.114177: "the mean of the diagonals is taken, not the larger one",  # d / ((5 + 2.236068) / 2)
     0.777840: "dx and dy are divided by width and height one by one",  # 1.100032 / sqrt(2)
+    1.1: "the distance is |dx| + |dy|, not the root of the squares",  # (3.5 + 2) / 5
 }
 
 
@@ -459,7 +434,6 @@ def test_eq1_numbers_run_row_by_row():
             "1 2 - 4 5 -": "the result is transposed: rows belong to view 1",
             "- - 0 1 2 3": "the bins are numbered column by column",
             "- 0 - 2 - 4": "H and W are exchanged: size is (H, W), and x runs over W columns",
-            "- 0 - 1 - 2 - 3": "H and W are exchanged: size is (H, W), and x runs over W columns",
             "0 1 2 3 4 5": "the boxes' corners are not added to the bins' offsets",
         },
     )
@@ -476,7 +450,6 @@ def test_eq1_mirrored_view():
             "- - - - - -": "the bins lie beyond x0: the width must stay negative",
             "- 2 1 - 5 4": "the bins' corners are taken, not their centres: c + 1/2",
             "3 4 5 0 1 2": "the rows are mirrored, not the columns",
-            "5 4 3 2 1 0": "the rows are mirrored as well as the columns",
         },
     )
 
@@ -510,7 +483,6 @@ def test_eq1_equals_loops(size, threshold):
     )
 
 
-# bin_centres, of which positive_pairs is made.
 def test_bins_form():
     inputs = random_boxes(4, seed=1), (2, 3)
     what = "The centres of 2 x 3 bins of 4 boxes"
@@ -546,7 +518,6 @@ def test_bins_diagonal_by_hand():
     _, diagonal = pixpro.bin_centres(tensor([0, 0, 12, 6], [16, 0, 4, 6]), (2, 3))
     mistakes = {
         13.416408: "it is the box's, not a bin's",  # hypot(12, 6)
-        6.324555: "H and W are exchanged: a bin is width / W wide",  # hypot(6, 2)
         7: "it is width + height, not the root of the squares",
         25: "the root is missing",
     }
@@ -591,10 +562,8 @@ EQ2_MISTAKES = {
     0.869814: "the softmax runs over the pixels of x, not over those of x'",  # e_ij / sum_i e_ij
     1.028631: MEAN_OF_ALL,  # (l_0 + l_1 + l_1') / 3
     0.514316: "pixels without a positive count in the mean",  # sum l_i / 3 in each image
-    12.623331: "pixels without a positive give -log(eps): leave them out; add no eps",  # 1e-8
     0.724939: "images without positives count in the mean",  # (image 0 + image 1 + 0) / 3
     2.174816: "the images are added; their mean is taken",  # l_0 + l_1
-    1.839471: "one log is taken of sums over all pixels; each pixel must have its own",
     2.144161: "the pixels of other images are negatives too; Eq. 2 stays in one image",
     0.916030: "the cosines are multiplied by the temperature",  # e^(cos tau)
     0.841911: "the maps are normalised over the pixels, not over C",
@@ -678,12 +647,10 @@ EQ3_MISTAKES = {
     (3.804984, 1.073313): "x_j is normalised, not g(x_j), or g is applied to the sum",  # sum s W u
     (0.762229, 0.875542): "max(cos, 0) is missing, or comes after the power",  # sum c^2 g
     (1.268328, 0.357771): "gamma is ignored",  # sum max(c, 0) g
-    (0.688978, 0.441264): "a softmax over j is taken; Eq. 3 is a plain sum",  # sum softmax_j(c) g
     (0.933333, 0.133333): "the sum is divided by sum s; Eq. 3 is a sum alone",  # sum s g / sum s
     (0.28, 0.04): "the mean over j is taken, not the sum",  # sum s g / 4
     (0.12, 0.16): "the pixel itself is left out",  # sum over j != i
     (4.12, 0.16): "x is added to the sum",  # x_i + sum s g
-    (0.962442, 0.271486): "g is applied to the sum, not to each x_j",  # g of the sum
     (86.4, 7.2): NOT_COSINES,  # sum max(x_i . x_j, 0)^2 g
     (1.305443, 0.466885): "the similarity is that of g(x), not of x",  # cosines of h
     (1.12, 1.157771): "the result [HW, C] is viewed as [C, H, W]: transpose it first",
@@ -729,8 +696,8 @@ def test_eq3_by_hand():
 def test_eq3_images_do_not_mix():
     ppm = seeded_ppm()
     x = random_maps()[0]
-    what = "Image 1 of a batch of 3, compared with itself alone: do images mix?"
-    check_equal(what, ppm(x)[1:2], ppm(x[1:2]).detach(), tolerance=1e-6)
+    what = "Image 1 of a batch of 3 has another y than it has alone. Do images mix?"
+    check(torch.allclose(ppm(x)[1:2], ppm(x[1:2]), atol=1e-6), what)
 
 
 def test_eq3_g_is_applied_once():
@@ -778,7 +745,8 @@ def test_eq3_equals_loops(gamma, num_layers):
     x = random_maps(n=2)[0]
     with torch.no_grad():
         expected = slow_propagation(x, ppm.transform(x), gamma)
-    check_equal(f"Eq. 3 in loops, gamma {gamma}, l {num_layers}", ppm(x), expected)
+    same = torch.allclose(ppm(x), expected, atol=1e-5)
+    check(same, f"Eq. 3 in loops, with gamma {gamma} and l {num_layers}, gives another y.")
 
 
 # Sum of y, sum of |y|, y[1, 17, 2, 3] and y[0, 255, 0, 0] of their PixPro.featprop, with their
@@ -828,11 +796,9 @@ def eq5_case():
 NO_MASK = "pairs that are not positive count too: the mask is not used"
 EQ5_MISTAKES = {
     -0.630839: NO_MASK,  # mean c, three images
-    -0.644482: NO_MASK,  # mean c, images 0 and 1
     -0.762843: MEAN_OF_ALL,  # sum of all P / 5
     -0.501579: "images without positive pairs count in the mean",  # (0.804738 + 0.7 + 0) / 3
     -0.476777: "the sum is divided by all pairs, not by the positive ones",  # sum_P c / 4
-    -0.953553: "the sum is divided by the number of pixels, not of positive pairs",  # sum_P c / 2
     -1.907107: "the cosines of an image are added; their mean is taken",  # sum_P c
     -1.504738: "the images are added, or a factor 2 is too much",  # 0.804738 + 0.7
     -0.740165: "each pixel has its mean; all positive pairs of an image must weigh the same",
@@ -859,17 +825,6 @@ def test_eq5_by_hand():
     check_value("Eq. 5 by hand", consistency_loss(*eq5_case()), -0.752369, EQ5_MISTAKES)
 
 
-def test_eq5_equal_and_opposite_features():
-    y = random_maps()[0][:, :, :1, :1].repeat(1, 1, 2, 3)
-    positives = random_positives()
-    check_value("Eq. 5 where all pixels are equal", consistency_loss(y, y, positives), -1)
-    mistakes = {
-        -1: "the absolute value of the cosine is taken",
-        0: "the cosine is clamped at 0, which belongs to Eq. 4",
-    }
-    check_value("Eq. 5 where they are opposite", consistency_loss(y, -y, positives), 1, mistakes)
-
-
 def test_eq5_gradients():
     check_loss_gradients("Eq. 5", consistency_loss, "y x'", *random_maps(), random_positives())
 
@@ -886,8 +841,12 @@ def test_eq5_authors_numbers():
     c = torch.arange(7)
     near = ((2 * c[:, None] - c - 3).abs() <= 1).float()  # [7, 7]
     positives = torch.kron(near, near)[None] > 0  # [1, 49, 49]
+    mistakes = {
+        -0.421148: "the absolute value of the cosine is taken",
+        -0.215663: "cosines below 0 are clamped",
+    }
     found = 2 * consistency_loss(q, k, positives)
-    check_value("Twice Eq. 5, the authors' number", found, -0.0101784933, tolerance=1e-6)
+    check_value("Twice Eq. 5, the authors' number", found, -0.0101784933, mistakes, 1e-6)
 
 
 def test_eq5_equals_loops():
@@ -915,7 +874,6 @@ EQ6_MISTAKES = {
     -0.254766: "every image is compared with every other: p_n belongs to z'_n alone",
     1.177240: "other images are negatives; this loss has none",  # -log softmax c, tau 1
     -3.666667: NOT_COSINES,  # p . z'
-    -1.395262: "z' is not normalised",  # p . z' / |p|
     -1.333333: "p is not normalised",  # p . z' / |z'|
     -0.148816: "the mean goes over the components too: a cosine is their sum",
     -0.360704: "one cosine is taken of the whole batch",
@@ -950,9 +908,7 @@ MOMENTUM_MISTAKES = {
     0.925: "m rises on a straight line, not along a cosine",  # base + (1 - base) t
     0.901554: "pi is missing",  # 1 - (1 - base) (cos(t) + 1) / 2
     0.9: "m stays at base, as if k / K were 0",  # k // K
-    0.915364: "the step is divided by K - 1; it is divided by K",  # cos(pi 10 / 39)
     0.991464: "base is ignored: 0.99 is always used",  # base 0.99
-    0.085355: "1 - m is returned",  # (1 - base) (cos(pi t) + 1) / 2
     0.917528: "the steps are counted from 1; they are counted from 0",  # cos(pi 11 / 40)
 }
 
@@ -989,7 +945,6 @@ def two_networks(trainable=False):
 
 MOMENTUM_UPDATES = {
     3: "the module is not changed: p' = ... only makes a new tensor of that name",
-    3.1: "p' is not multiplied by m",  # 3 + 0.1 * 1
     3.7: "p is not multiplied by 1 - m",  # 0.9 * 3 + 1
     1: "p is copied",
     3.2: "the difference has the wrong sign",  # 3 - 0.1 * (1 - 3)
@@ -1070,24 +1025,15 @@ def test_views_crop_form():
     check_form("Its box", result[1], [4])
 
 
-def test_views_are_crops_of_the_image(crops):
-    (height, width), views = crops
-    image = f"the image of {width} columns and {height} rows"
-    for view, _, (_, y0, _, y1) in views:
-        inside = view[2].min() >= 250
-        check(inside, f"A crop reaches over the edge of {image}. Perhaps h and w are exchanged.")
-        check(y0 < y1, f"A view shows rows {y0:.0f} to {y1:.0f}: it must not be upside down.")
-
-
 def explain_box(box, shown, width):
     """The likely reason why a box differs from what its view shows in an image of this width."""
     x0, y0, x1, y1 = shown
     left, right, top, bottom = min(x0, x1), max(x0, x1), y0, y1
     mistakes = {  # boxes of the crop before x0 and x1 change places
         "x0 and x1 must change places in exactly the mirrored views": (left, top, right, bottom),
+        "the rows are mirrored, too: the view is upside down": (left, bottom, right, top),
         "x1 and y1 name the last pixel; they are edges": (left, top, right - 1, bottom - 1),
         "x and y are exchanged: get_params begins with top": (top, left, bottom, right),
-        "x0 is overwritten before x1 takes it": (right, top, right, bottom),
         "width and height are given, not the corner": (left, top, right - left, bottom - top),
         "width and height are exchanged": (left, top, left + bottom - top, top + right - left),
         "the box is mirrored in the image: width - x": (width - right, top, width - left, bottom),
@@ -1128,12 +1074,14 @@ def test_views_are_cropped_by_scale_and_ratio():
     # 250, and four standard deviations of 11 around it.
     wanted = "Half of the views are mirrored (torch.rand(()) < 0.5)"
     check(205 <= mirrored <= 295, f"{wanted}; found {mirrored} of 500.")
-    wanted = "Crops of scale (0.2, 0.5) take 20% to 50% of the image's area (self.scale)"
-    check(0.19 < share.min() < 0.25, f"{wanted}; the smallest of 500 takes {share.min():.0%}.")
-    check(0.45 < share.max() < 0.51, f"{wanted}; the largest of 500 takes {share.max():.0%}.")
-    wanted = "Width / height lies between 3/4 and 4/3"
-    check(0.74 < ratio.min() < 0.8, f"{wanted}; the smallest of 500 is {ratio.min():.2f}.")
-    check(1.25 < ratio.max() < 1.35, f"{wanted}; the largest of 500 is {ratio.max():.2f}.")
+    ranges = {
+        "Crops of scale (0.2, 0.5) take 20% to 50% of the area (self.scale)": (share, 0.2, 0.5),
+        "Width / height lies between 3/4 and 4/3": (ratio, 3 / 4, 4 / 3),
+    }
+    for wanted, (values, low, high) in ranges.items():
+        found = f"found {values.min():.2f} to {values.max():.2f} in 500 crops"
+        check(0.95 * low < values.min() < 1.25 * low, f"{wanted}; {found}.")
+        check(0.9 * high < values.max() < 1.05 * high, f"{wanted}; {found}.")
     spread = min(left.std(), boxes[:, 1].std())
     check(spread > 20, "The crops lie at nearly the same place: draw their corner.")
 
@@ -1153,28 +1101,19 @@ def test_views_come_with_their_own_colours_and_boxes():
 def test_views_follow_the_seed_and_take_pil_images():
     image = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
     pixel_by_pixel = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    hints = {"Are other random numbers used?": image}
-    hints |= {"A tensor may lie in memory in any way.": pixel_by_pixel}
-    hints |= {"Tensors and PIL images show the same.": v2.functional.to_pil_image(image)}
     torch.manual_seed(5)
     expected = TwoViews(size=24)(image)
-    for hint, form in hints.items():
+    for form in (image, pixel_by_pixel, v2.functional.to_pil_image(image)):
         torch.manual_seed(5)
         same = all(map(torch.equal, TwoViews(size=24)(form), expected))
-        check(same, f"With the same seed of torch the views must be the same. {hint}")
+        check(
+            same, "The views must follow the seed of torch, and show the same for tensor and PIL."
+        )
     gray = v2.functional.to_pil_image(image[:1])
     assert TwoViews(size=24)(gray)[0].shape == (3, 24, 24)
 
 
 # The colours of the views, which no exercise changes.
-def test_colours_of_every_size():
-    torch.manual_seed(0)
-    image = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
-    for size in [1, 2, 3, 6] * 10:  # the blur of large views takes up to 13 pixels
-        for view in TwoViews(size)(image)[:2]:
-            assert view.shape == (3, size, size) and view.isfinite().all()
-
-
 def test_colours_blur_is_gaussian():
     image = torch.rand(3, 40, 40, generator=torch.Generator().manual_seed(0))
     for seed in range(5):
@@ -1419,14 +1358,11 @@ WARM_UP_MISTAKES = {
 SCHEDULE_MISTAKES = {
     1.05: "the cosine begins at step 0",  # 0.1 + 1.9 * (1 + cos(pi 20 / 40)) / 2
     1.5: "the floor is ignored, or is only the smallest value",  # 2 * (1 + cos(pi / 3)) / 2
-    2.95: "the division by 2 is missing",  # 0.1 + 1.9 * (1 + cos(pi / 3))
     1.721751: "total_steps divides steps after the warm-up",  # 1.9 * (1 + cos(pi / 4)) / 2 + 0.1
     1.366667: "the rate falls on a straight line",  # 0.1 + 1.9 * 2 / 3
-    1.6: "the floor is added to the whole cosine",  # 0.1 + 2 * (1 + cos(pi / 3)) / 2
     0.575: "a whole period is taken, or the cosine's sign is wrong",  # 0.1 + 1.9 * (1 - 1/2) / 2
     1.947709: "pi is missing",  # 0.1 + 1.9 * (1 + cos(1 / 3)) / 2
     0.145208: "the cosine is given degrees; it takes radians",  # 0.1 + 1.9 * (1 + cos(60)) / 2
-    1.436400: "steps are counted from 1",  # 0.1 + 1.9 * (1 + cos(pi 11 / 30)) / 2
     2: "the rate stays at the peak, as if the progress were 0",  # 10 // 30
 }
 
@@ -1461,19 +1397,15 @@ def test_schedule_authors_numbers():
         check_value(f"The authors' rate at step {step} of 200", found, lr, tolerance=1e-12)
 
 
-# ------------------------------------------------------------------------------------------------
-# From here on: not for the exercises. While an exercise is open, anything below may fail.
-# ------------------------------------------------------------------------------------------------
-
-
 # ------------------------------------ The whole ------------------------------------
+# Not for the exercises. While an exercise is open, tests named `whole` may fail.
 class SmallBackbone(nn.Module):
     """A hand-made network: PixPro needs nothing but a map and out_channels."""
 
-    def __init__(self, channels=3):
+    def __init__(self):
         super().__init__()
         self.out_channels = 8
-        self.body = nn.Sequential(nn.Conv2d(channels, 8, 4, stride=4), nn.BatchNorm2d(8), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.BatchNorm2d(8), nn.ReLU())
 
     def forward(self, image):
         return self.body(image)
@@ -1650,8 +1582,6 @@ def test_whole_default_is_the_paper():
     assert set(train.MODEL) == paper.keys() - {"dim"}
     assert vars(train.parse(["--data", "x"])).items() >= flags.items()
     assert vars(train.parse([])).items() >= (flags | train.DEMO).items()
-    lars = {"momentum": 0.9, "weight_decay": 1e-5, "trust_coefficient": 1e-3, "eps": 1e-8}
-    assert train.LARS([torch.zeros(1)], lr=1.0).defaults.items() >= lars.items()
 
 
 class SmallPyramid(SmallBackbone):
@@ -1747,7 +1677,6 @@ def function_of(module, name):
     return getattr(module, name)
 
 
-# Numbers as ids, so that no test has the word of another group in its name.
 @pytest.mark.parametrize("name", FUNCTIONS, ids=range(len(FUNCTIONS)))
 def test_whole_copies_into_another_file(name):
     """The function and the helpers that it names, at most three, need only torch and math."""
@@ -1795,29 +1724,21 @@ def test_whole_losses_take_zeros_and_large_numbers():
 
 
 # ------------------------------------ Networks ------------------------------------
-def test_backbone_has_torchvisions_names():
+def test_backbone_is_torchvisions_and_leaves_no_trace():
     for layer, above in (("layer4", {"fc"}), ("layer3", {"layer4", "fc"})):
-        backbone, network = Backbone("resnet18", layer), torchvision.models.resnet18(weights=None)
+        torch.manual_seed(0)
+        network = torchvision.models.resnet18(weights=None)
+        state = torch.get_rng_state()
+        torch.manual_seed(0)
+        backbone = Backbone("resnet18", layer)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert all(module.training for module in backbone.modules())
         missing, unexpected = network.load_state_dict(backbone.body.state_dict(), strict=False)
         assert not unexpected and {name.split(".")[0] for name in missing} == above
         x = torch.randn(2, 3, 64, 64)
         up_to = nn.Sequential(*list(network.children())[: -2 if layer == "layer4" else -3])
         with torch.no_grad():
             assert torch.equal(backbone.eval()(x), up_to.eval()(x))
-
-
-def test_backbone_leaves_no_trace():
-    torch.manual_seed(0)
-    # with dropout, stochastic depth and BatchNorm
-    network = torchvision.models.get_model("efficientnet_b0", weights=None)
-    state = torch.get_rng_state()
-    torch.manual_seed(0)
-    backbone = Backbone("efficientnet_b0", "features")
-    assert torch.equal(torch.get_rng_state(), state)
-    weights = network.state_dict()
-    assert all(torch.equal(w, weights[name]) for name, w in backbone.body.state_dict().items())
-    assert all(module.training for module in backbone.modules())
-    assert backbone.out_channels == 1280
 
 
 def test_backbone_starts_residual_blocks_at_zero():
@@ -1885,23 +1806,21 @@ HANDED_OUT = ("pixpro.py", "train.py", "test_pixpro.py", "tutorial.ipynb", "requ
 HANDED_OUT += ("LICENSE", ".gitignore", ".ruff.toml")
 README_OF_A_COPY = """# Exercises on PixPro
 
-PixPro ([arXiv 2011.10043](https://arxiv.org/abs/2011.10043)) in one module, pixpro.py, with a short
-training script, train.py. These bodies are yours to write, where `NotImplementedError` is raised:
+PixPro ([arXiv 2011.10043](https://arxiv.org/abs/2011.10043)) is pixpro.py, trained by train.py.
+The bodies of these functions are yours to write, where `NotImplementedError` is raised:
 
 | word | function | in the paper | chapter of tutorial.ipynb | test |
 |---|---|---|---|---|
 {rows}
 
-1. `pip install -r requirements.txt` (in a virtual environment; for the notebook also
-   `pip install matplotlib ipykernel`)
-2. Read the docstring of the function: it says what goes in and out. Write the body.
+1. `pip install -r requirements.txt`, and for the notebook `pip install matplotlib ipykernel`
+2. Read the docstring of a function: it says what goes in and what comes out. Write the body.
 3. Run its test. The first failure says what is wrong, in words.
-4. `python test_pixpro.py grade {files} --only {words}` says what will be graded, and how.
+4. {commands} shows how it will be graded.
 
-Hand in {files}. Only the bodies of these functions count, and new functions, methods, constants
-and imports (torch, torchvision, numpy, the standard library); changes elsewhere are ignored.
-Tests named `whole` use several functions: while one is open, they fail. `python train.py` trains
-on drawn scenes in a few minutes when everything is written.
+Hand in {files}. These bodies count, and new functions, constants and imports (torch, torchvision,
+numpy, Python's own); other changes are ignored. Tests named `whole` use several functions, and fail
+while one is open. When all are written, `python train.py` trains on drawn scenes.
 """
 
 
@@ -1966,9 +1885,11 @@ def student_version(words):
         cells = [word, f"`{exercise.functions}` in {exercise.file()}", exercise.place]
         cells += [str(exercise.chapter), f"`{exercise.command()}`"]
         rows.append(f"| {' | '.join(cells)} |")
-    files = " ".join(sorted({EXERCISES[word].file() for word in words}))
-    fields = {"rows": "\n".join(rows), "files": files, "words": " ".join(words)}
-    return texts | {"README.md": README_OF_A_COPY.format(**fields)}
+    files = sorted({EXERCISES[word].file() for word in words})
+    own = {file: [word for word in words if EXERCISES[word].file() == file] for file in files}
+    commands = [f"`python test_pixpro.py grade {f} --only {' '.join(own[f])}`" for f in files]
+    fields = {"commands": " or ".join(commands), "files": " and ".join(files)}
+    return texts | {"README.md": README_OF_A_COPY.format(rows="\n".join(rows), **fields)}
 
 
 def hand_out(words, folder):
@@ -1985,9 +1906,7 @@ def hand_out(words, folder):
     folder.mkdir(parents=True)
     for name, text in texts.items():
         (folder / name).write_text(text, "utf-8")
-    print(f"{folder} has the project with these exercises open:")
-    for word in words:
-        print(f"  {EXERCISES[word].functions}: {EXERCISES[word].command()}")
+    print(f"{folder} has the project with {' '.join(words)} open; begin with its README.md")
 
 
 # ------------------------------------ Grading ------------------------------------
@@ -2042,7 +1961,7 @@ def plain(statement):
 def read(path, words):
     """A submission's {word: verdict, or statements to graft}, and the names of what is ignored."""
     try:
-        own = definitions(ast.parse(path.read_bytes()))
+        own = definitions(ast.parse(path.read_bytes(), path.name))
     except (OSError, SyntaxError, ValueError, RecursionError) as error:
         return dict.fromkeys(words, f"failed  cannot be read: {error}"), []
     exercises = [exercise for exercise in EXERCISES.values() if own.keys() & set(exercise.names())]
@@ -2176,10 +2095,7 @@ def run_exercise(sender, word, statements):
 
 
 def verdict_of(tests, reports, end):
-    """Passed, only if each of these tests reported that it passed, and the process ended well.
-
-    reports: (test, outcome, message) in the order in which they came. end: exit code, or why none.
-    """
+    """Of reports (test, outcome, message): passed only if each of these tests reported so."""
     for test, outcome, message in reports:
         if outcome not in ("started", "passed"):
             message = re.sub(r"^(test_pixpro\.)?(Mistake|AssertionError): ", "", message)
@@ -2221,6 +2137,13 @@ def run_all(tasks, jobs, timeout):
     return verdicts
 
 
+def files_below(folder):
+    """The Python files of a folder, without those of hidden folders and of environments."""
+    parts = {path: path.relative_to(folder).parts for path in sorted(folder.rglob("*.py"))}
+    hidden = re.compile(r"\..*|site-packages|__MACOSX")
+    return [path for path in parts if not any(map(hidden.fullmatch, parts[path]))]
+
+
 def grade(arguments):
     """Prints a verdict for each exercise of each submission. Returns 0 if all passed, else 1."""
     parser = argparse.ArgumentParser(prog="python test_pixpro.py grade", allow_abbrev=False)
@@ -2231,7 +2154,7 @@ def grade(arguments):
     parser.add_argument("--csv", type=Path, help="writes a table: a row for each file")
     parser.add_argument("--gradescope", type=Path, help="writes Gradescope's results.json")
     args = parser.parse_args(arguments)
-    files = sorted(args.path.rglob("*.py")) if args.path.is_dir() else [args.path]
+    files = files_below(args.path) if args.path.is_dir() else [args.path]
     verdicts, ignored = {}, {}
     for path in files:
         results, ignored[path] = read(path, args.only or EXERCISES)

@@ -290,7 +290,7 @@ def test_ten_in_a_row_end_with_the_last_reason_and_nine_do_not(tmp_path, monkeyp
         samples[0]
 
 
-@pytest.mark.parametrize("size", [2, 3, 16])
+@pytest.mark.parametrize("size", [1, 2, 3, 16])
 def test_views_do_not_depend_on_how_an_image_lies_in_memory(size):
     """torchvision is slow on bytes in planes: the crop, and it alone, is converted."""
     planar = torch.randint(0, 256, (3, 60, 80), dtype=torch.uint8)
