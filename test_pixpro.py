@@ -470,7 +470,11 @@ AUTHORS_BOX_2 += [[0.7, 0.7, 0.95, 0.95]]
 def test_eq1_authors_counts():
     # The sums of pos_mask in their regression_loss(q, k, box_1, box_2, pos_ratio=0.7).
     counts = positive_pairs(tensor(*AUTHORS_BOX_1), tensor(*AUTHORS_BOX_2), (7, 7)).sum((1, 2))
-    check_value("The authors' numbers of positive pairs, four images", counts, [54, 121, 121, 0])
+    check_value(
+        "Positive pairs of the authors' four images (do boxes of images mix?)",
+        counts,
+        [54, 121, 121, 0],
+    )
 
 
 @pytest.mark.parametrize("size", [(3, 3), (2, 5), (4, 1)])
@@ -557,13 +561,11 @@ EQ2_MISTAKES = {
     1.271268: "each positive has a log of its own; their sum must be inside the log",
     -0.236867: "the positives are missing in the denominator",  # -log(sum_P e / sum_not P e)
     1.260695: "the mean over the positives is in the log, not their sum",  # -log(mean_P e / sum e)
-    0.556166: "the others count as e^0 = 1: mask with -inf",  # -log((sum_P e + others) / sum e)
     1.009659: TRANSPOSED,  # P of j
     0.869814: "the softmax runs over the pixels of x, not over those of x'",  # e_ij / sum_i e_ij
     1.028631: MEAN_OF_ALL,  # (l_0 + l_1 + l_1') / 3
     0.514316: "pixels without a positive count in the mean",  # sum l_i / 3 in each image
     0.724939: "images without positives count in the mean",  # (image 0 + image 1 + 0) / 3
-    2.174816: "the images are added; their mean is taken",  # l_0 + l_1
     2.144161: "the pixels of other images are negatives too; Eq. 2 stays in one image",
     0.916030: "the cosines are multiplied by the temperature",  # e^(cos tau)
     0.841911: "the maps are normalised over the pixels, not over C",
@@ -644,7 +646,6 @@ def eq3_case():
 EQ3_MISTAKES = {
     (10.8, 2.4): "g(x_j) is not divided by its norm",  # sum s h
     (1.089443, 0.178885): "g is left out: x_j itself is propagated",  # sum s u
-    (3.804984, 1.073313): "x_j is normalised, not g(x_j), or g is applied to the sum",  # sum s W u
     (0.762229, 0.875542): "max(cos, 0) is missing, or comes after the power",  # sum c^2 g
     (1.268328, 0.357771): "gamma is ignored",  # sum max(c, 0) g
     (0.933333, 0.133333): "the sum is divided by sum s; Eq. 3 is a sum alone",  # sum s g / sum s
@@ -799,7 +800,6 @@ EQ5_MISTAKES = {
     -0.762843: MEAN_OF_ALL,  # sum of all P / 5
     -0.501579: "images without positive pairs count in the mean",  # (0.804738 + 0.7 + 0) / 3
     -0.476777: "the sum is divided by all pairs, not by the positive ones",  # sum_P c / 4
-    -1.907107: "the cosines of an image are added; their mean is taken",  # sum_P c
     -1.504738: "the images are added, or a factor 2 is too much",  # 0.804738 + 0.7
     -0.740165: "each pixel has its mean; all positive pairs of an image must weigh the same",
     -0.776777: "the most similar positive of each pixel is taken, not the mean over all",
@@ -810,6 +810,7 @@ EQ5_MISTAKES = {
     -0.850383: "pixel i of y is paired with pixel i of x', not with its positives",  # mean c_ii
     -0.596321: TRANSPOSED,  # P of (j, i)
     -1.871879: "y is not normalised over C",  # y_i . x'_j / |x'_j|
+    -0.814172: "the maps are normalised over the pixels, not over C",
 }
 
 
@@ -945,7 +946,6 @@ def two_networks(trainable=False):
 
 MOMENTUM_UPDATES = {
     3: "the module is not changed: p' = ... only makes a new tensor of that name",
-    3.7: "p is not multiplied by 1 - m",  # 0.9 * 3 + 1
     1: "p is copied",
     3.2: "the difference has the wrong sign",  # 3 - 0.1 * (1 - 3)
     1.2: "m and 1 - m are exchanged",  # 0.1 * 3 + 0.9 * 1
@@ -1196,7 +1196,6 @@ LARS_DECAY_MISTAKES = {
     (2.97, -0.08): "the trust ratio has the norm of g before the decay is added",  # 0.005 (g + p)
     (2.98, -0.053333): "|g| + decay |p| is the denominator",  # 0.01 * 5 / (10 + 5) (g + p)
     (-3, -0.08): "the decay is added after the scaling; it comes first",  # 0.005 g + p, times 2
-    (3.026833, -0.071554): "the decay has the wrong sign",  # g - p
 }
 
 
@@ -1350,13 +1349,12 @@ WARM_UP_MISTAKES = {
     1.0: "the warm-up starts at 0, not at peak / 100",  # 2 * 5 / 10
     1.208: "steps are counted from 1",  # 2 * (0.01 + 0.99 * 6 / 10)
     1.02: "the warm-up ends above the peak, by peak / 100",  # 2 * (0.01 + 5 / 10)
-    1.05: "the warm-up starts at the floor, not at peak / 100",  # 0.1 + 1.9 * 5 / 10
     1.1: "the warm-up starts at a tenth of the peak",  # 2 * (0.1 + 0.9 * 5 / 10)
     0.2: "the warm-up is geometric; it is linear",  # 2 * 0.01^(1 / 2)
     2: "there is no warm-up",
 }
 SCHEDULE_MISTAKES = {
-    1.05: "the cosine begins at step 0",  # 0.1 + 1.9 * (1 + cos(pi 20 / 40)) / 2
+    1.6: "the floor is added to the whole cosine",  # 0.1 + 2 * (1 + cos(pi / 3)) / 2
     1.5: "the floor is ignored, or is only the smallest value",  # 2 * (1 + cos(pi / 3)) / 2
     1.721751: "total_steps divides steps after the warm-up",  # 1.9 * (1 + cos(pi / 4)) / 2 + 0.1
     1.366667: "the rate falls on a straight line",  # 0.1 + 1.9 * 2 / 3
