@@ -13,6 +13,7 @@ python .ci/experiments.py step resnet50 layer4 224 8 off    off or bf16
 import argparse
 import copy
 import json
+import pkgutil
 import re
 import resource
 import sys
@@ -35,13 +36,18 @@ from pixpro import MEAN, STD, Backbone, PixPro, TwoViews, bin_centres, momentum_
 
 ROOT = Path(__file__).parents[1]
 BATCH = 32  # as in the demo
-SGD_OPTIONS = {"lr": 1.0, "momentum": 0.9, "weight_decay": 1e-4}
+SGD = {"lr": 1.0, "momentum": 0.9, "weight_decay": 1e-4}
+LARS = {"lr": 4.0, "momentum": 0.9, "weight_decay": 1e-5}
 OPTIMIZERS = {  # name: class, options of the matrices, options of the vectors; lr is the peak
-    "lars": (train.LARS, {"lr": 4.0}, {"lr": 4.0}),
-    "lars-slow-vectors": (train.LARS, {"lr": 4.0}, {"lr": 0.05}),
-    "adamw": (torch.optim.AdamW, {"lr": 1e-3}, {"lr": 0.1}),
-    "adamw-one-rate": (torch.optim.AdamW, {"lr": 1e-3}, {"lr": 1e-3}),
-    "sgd": (torch.optim.SGD, SGD_OPTIONS, SGD_OPTIONS),
+    "lars": ("train.LARS", LARS, LARS),
+    "lars-slow-vectors": ("train.LARS", LARS, LARS | {"lr": 0.05}),
+    "lars-timm": ("timm.optim.Lars", LARS, LARS),
+    "lars-timm-vectors": ("timm.optim.Lars", LARS, LARS | {"weight_decay": 0}),
+    "lars-lightly": ("lightly.utils.lars.LARS", LARS, LARS),
+    "lars-lightly-vectors": ("lightly.utils.lars.LARS", LARS, LARS | {"weight_decay": 0}),
+    "adamw": ("torch.optim.AdamW", {"lr": 1e-3}, {"lr": 0.1}),
+    "adamw-one-rate": ("torch.optim.AdamW", {"lr": 1e-3}, {"lr": 1e-3}),
+    "sgd": ("torch.optim.SGD", SGD, SGD),
 }
 RELATIVES = {"densecl": "DenseCL", "vader": "VADeR", "mcl": "MCL"}  # in the notebook
 
@@ -51,7 +57,8 @@ def optimizer_of(model, name):
     kind, of_matrices, of_vectors = OPTIMIZERS[name]
     matrices = {"params": [p for p in model.parameters() if p.squeeze().dim() > 1]}
     vectors = {"params": [p for p in model.parameters() if p.squeeze().dim() <= 1]}
-    return kind([matrices | of_matrices, vectors | of_vectors], lr=1.0)
+    groups = [matrices | of_matrices, vectors | of_vectors]
+    return pkgutil.resolve_name(kind)(groups, lr=1.0)
 
 
 def optimizers(name, seed, steps=320):
