@@ -2165,7 +2165,7 @@ def grade(arguments):
     verdicts |= run_all(tasks, args.jobs, args.timeout)
     for path in files:
         if len(files) > 1:
-            print(path)
+            print(path if any(path == file for file, _ in verdicts) else f"{path}: no exercise")
         for word in EXERCISES:
             if (path, word) in verdicts:
                 print(f"{word:9} {verdicts[path, word]}")
