@@ -1801,7 +1801,7 @@ def test_whole_refuses_what_does_not_fit(number):
 
 # ------------------------------------ Handing out ------------------------------------
 HANDED_OUT = ("pixpro.py", "train.py", "test_pixpro.py", "tutorial.ipynb", "requirements.txt")
-HANDED_OUT += ("LICENSE", ".gitignore", ".ruff.toml")
+HANDED_OUT += ("LICENSE", ".gitignore", ".ruff.toml", ".github/architecture.svg")
 README_OF_A_COPY = """# Exercises on PixPro
 
 PixPro ([arXiv 2011.10043](https://arxiv.org/abs/2011.10043)) is pixpro.py, trained by train.py.
@@ -1901,7 +1901,7 @@ def hand_out(words, folder):
     if folder.exists() or HERE in folder.resolve().parents or str(folder) in EXERCISES:
         sys.exit(f"expected a new folder outside of the project, found {str(folder)!r}")
     texts = student_version(words)
-    folder.mkdir(parents=True)
+    Path(folder, ".github").mkdir(parents=True)
     for name, text in texts.items():
         (folder / name).write_text(text, "utf-8")
     print(f"{folder} has the project with {' '.join(words)} open; begin with its README.md")

@@ -66,7 +66,8 @@ def test_passed_needs_every_report_and_nothing_of_the_shell_counts(tmp_path):
 def test_handing_out_and_back(tmp_path):
     folder = tmp_path / "class"
     assert run("eq6", "lars", folder).returncode == 0
-    assert {path.name for path in folder.iterdir()} == {"README.md", *HANDED_OUT}
+    expected = {folder / name for name in ("README.md", *HANDED_OUT)}
+    assert {path for path in folder.rglob("*") if path.is_file()} == expected
     readme, notebook = [(folder / name).read_text() for name in ("README.md", "tutorial.ipynb")]
     assert EXERCISES["eq6"].command() in readme and '"outputs": []' in notebook
     done = run("grade", folder / "pixpro.py", "--only", "eq6", "eq5")
