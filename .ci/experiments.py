@@ -1,13 +1,7 @@
 """The experiments of README.md and tutorial.ipynb, and the memory and speed that README states.
 
-export OMP_NUM_THREADS=1
 python .ci/experiments.py optimizers adamw 10               a name from OPTIMIZERS, a seed
-python .ci/experiments.py photographs labelmefacade test runs/*/backbone.pt
-python .ci/experiments.py relatives densecl adamw 1e-3 1600 labelmefacade/images runs/densecl
-python .ci/experiments.py crops
-python .ci/experiments.py maps 28 10                        side of the map, images
-python .ci/experiments.py views DIR                         its files *.jpg, the first 200
-python .ci/experiments.py step resnet50 layer4 224 8 off    off or bf16
+python .ci/experiments.py crops                             README and the tutorial name the others
 """
 
 import argparse
