@@ -28,7 +28,7 @@ from torch import distributed, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import backbones
+from backbones import FAMILIES, train_step
 
 import train
 from pixpro import Backbone, Heads, PixPro, momentum_at
@@ -528,15 +528,18 @@ def test_one_run_has_a_folder_until_it_is_killed(images, whole, tmp_path, capsys
 # ------------------------------------ Networks ------------------------------------
 def test_every_network_of_torchvision_is_in_one_family():
     for name in torchvision.models.list_models(torchvision.models):
-        assert sum(fnmatch.fnmatchcase(name, family) for family in backbones.FAMILIES) == 1
+        assert sum(fnmatch.fnmatchcase(name, family) for family in FAMILIES) == 1
 
 
-@pytest.mark.parametrize("family", sorted(backbones.FAMILIES.keys() - {"maxvit_t", "vit_*"}))
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"maxvit_t", "vit_*"}))
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-def test_every_kind_of_network_trains(family):
-    """One step, and README has the side of the map."""
-    arch, layer = backbones.FAMILIES[family]
+def test_every_kind_of_network_trains_from_its_least_size_on(family):
+    """One step, and README's table has the side of the map."""
+    arch, layer, least = FAMILIES[family]
     torch.manual_seed(0)
-    side = backbones.step(PixPro(Backbone(arch, layer), hidden_dim=8), 112)
-    row = rf"\n{re.escape(f'| `{family}` | `{layer}` |')} \d+ \| \d+ \| {side} \|"
-    assert re.search(row, (HERE / "README.md").read_text("utf-8"))
+    model = PixPro(Backbone(arch, layer), hidden_dim=8)
+    train.try_network(model, 2, least)
+    with pytest.raises((RuntimeError, ValueError)):
+        train.try_network(model, 2, least - 1)
+    row, side = re.escape(f"\n| `{family}` | `{layer}` | {least} | "), train_step(model, 112)
+    assert re.search(rf"{row}\d+ \| {side} \|", (HERE / "README.md").read_text("utf-8"))
