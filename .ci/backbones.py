@@ -1,7 +1,6 @@
 """Tries torchvision's classification networks in PixPro, and prints rows of README's table.
 
-python .ci/backbones.py                       one network of each family, in minutes
-python .ci/backbones.py convnext_base vgg16   these
+python .ci/backbones.py [convnext_base ...]   these networks, or one of each family in minutes
 """
 
 import fnmatch
@@ -45,9 +44,7 @@ def row(arch):
         model = PixPro(Backbone(arch, layer), hidden_dim=8)
     except ValueError as error:
         return f"| `{family}` | none | | | | refused: {error} |"
-    at_224, at_112 = [
-        train_step(model, size) if size >= least else "refused" for size in (224, 112)
-    ]
+    sides = [train_step(model, size) if size >= least else "refused" for size in (224, 112)]
     kinds = {type(module).__name__ for module in model.backbone.modules()}
     notes = ["no BatchNorm"] * ("BatchNorm2d" not in kinds)
     notes += ["stochastic depth"] * ("StochasticDepth" in kinds)
@@ -55,7 +52,7 @@ def row(arch):
         if p.dim() > 1 >= p.squeeze().dim():  # for LARS, as biases and norms are
             notes.append(f"`{name.split('.')[-1]}` is a vector")
     special = ", ".join(dict.fromkeys(notes))
-    return f"| `{family}` | `{layer}` | {least} | {at_224} | {at_112} | {special} |"
+    return f"| `{family}` | `{layer}` | {least} | {sides[0]} | {sides[1]} | {special} |"
 
 
 def train_step(model, size):
