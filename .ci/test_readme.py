@@ -56,6 +56,8 @@ def test_readme_snippets_run(snippet, tmp_path, monkeypatch):
         torch.save(Heads("resnet50").state_dict(), "heads.pt")
     if "module.encoder." in snippet:
         save_authors_file(Backbone("resnet50"))
+    if "transformers" in snippet:
+        pytest.importorskip("transformers")
     names = {}
     exec(snippet, names)
     if "loss" in names:
@@ -69,6 +71,20 @@ def test_readme_snippets_run(snippet, tmp_path, monkeypatch):
         for body in bodies:
             weights = body.state_dict()
             assert all(torch.equal(weights[name], w) for name, w in names["weights"].items())
+
+
+def test_readme_other_libraries_load_with_the_same_features_or_others(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    backbone, image = train.with_blocks_on(Backbone("resnet50")).eval(), torch.rand(1, 3, 64, 64)
+    torch.save(backbone.body.state_dict(), "backbone.pt")
+    timm = pytest.importorskip("timm")
+    for name, same in {"resnet50": True, "resnetblur50": False, "resnetaa50": False}.items():
+        network = timm.create_model(name, num_classes=0).eval()
+        network.load_state_dict(torch.load("backbone.pt"))
+        assert torch.equal(network.forward_features(image), backbone(image)) == same, name
+    pytest.importorskip("transformers")
+    network = names_of("from transformers")["network"].eval()
+    assert torch.equal(network(image).last_hidden_state, backbone(image))
 
 
 def test_readme_loads_the_authors_weights_strictly_and_without_their_code(tmp_path, monkeypatch):
