@@ -14,7 +14,7 @@ dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 python3 -m venv "$dir/venv"
 "$dir/venv/bin/pip" install -q --disable-pip-version-check \
-    "torch==2.14.1" "torchvision==0.29.1" "timm==1.0.31" "transformers==5.24.0" "scipy"
+    "torch==2.14.1" "torchvision==0.29.1" "timm==1.0.31" "transformers==5.24.0" "numpy==2.4.6"
 HF_HOME="$dir/hf" HF_HUB_OFFLINE=1 "$dir/venv/bin/python" - <<'PY'
 import copy
 

@@ -14,7 +14,8 @@ set -euo pipefail
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 python3 -m venv "$dir/venv"
-"$dir/venv/bin/pip" install -q --disable-pip-version-check "torch==2.14.1" "torchvision==0.29.1"
+"$dir/venv/bin/pip" install -q --disable-pip-version-check \
+    "torch==2.14.1" "torchvision==0.29.1" "numpy==2.4.6" "pillow==13.0.0"
 "$dir/venv/bin/python" - <<'PY'
 import torch
 from torchvision import tv_tensors
