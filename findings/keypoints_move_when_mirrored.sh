@@ -7,7 +7,7 @@
 #   x fits all of them: a rotation by 180 degrees and two flips differ by one pixel.
 # Why it matters: pixel-level pre-training and its evaluation follow points through crop, resize and
 #   flip. One pixel of a small crop becomes many: here the centre of a 16-pixel crop, mirrored and
-#   enlarged to 224, lands 14 pixels beside the centre. In mirrored views only, so half of the pairs.
+#   enlarged to 224, lands 14 pixels beside the centre. Views that are not mirrored are right.
 # Way out: follow the edges of boxes, or flip points by hand with W - x.
 # Date: 2026-11-29.
 set -euo pipefail
