@@ -8,7 +8,7 @@
 # Why it matters: X-ray, depth, microscope and satellite images are 16-bit grey, and rotations and
 #   affine maps are usual augmentations. torchvision's transforms call these methods for PIL images.
 #   With BILINEAR, pre-training then sees nearly black stripes in place of the images.
-# Way out: convert("F") or convert("I") first; both interpolate well.
+# Way out: convert("F") or convert("I") first; both of these modes rotate as they should.
 # Date: 2026-11-29.
 set -euo pipefail
 dir=$(mktemp -d)
