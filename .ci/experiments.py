@@ -204,14 +204,13 @@ def crops(count=20_000):
     centres, _ = bin_centres(box_1, (7, 7))  # [N, 49, 2]
     low, high = box_2[:, None].split(2, dim=2)  # corners, [N, 1, 2] each
     in_both = ((low <= centres) & (centres <= high)).all(2)  # [N, 49]
-    shares = 100 * in_both.float().mean(1)  # [N]
-    print(f"in both views: {shares.mean():.2f} ± {shares.std() / count**0.5:.2f} % of the pixels")
-    for T in (0.35, 0.7, 1.4, 2.8):
-        A = positive_pairs(box_1, box_2, (7, 7), T)  # [N, 49, 49]
-        shares = 100 * A.any(2).float().mean(1)
-        of_both = 100 * A.any(2)[in_both].float().mean()
-        print(f"T = {T}: with a positive: {shares.mean():.2f} ± {shares.std() / count**0.5:.2f} %,")
-        print(f"    of those in both views {of_both:.2f} %; pairs per image: {A.sum() / count:.1f}")
+    A = positive_pairs(box_1, box_2, (7, 7))  # [N, 49, 49]
+    for name, pixels in (("in both views", in_both), ("with a positive", A.any(2))):
+        shares = 100 * pixels.float().mean(1)  # [N]
+        print(f"{name}: {shares.mean():.2f} ± {shares.std() / count**0.5:.2f} % of the pixels")
+    print(
+        f"with a positive, of those in both views: {100 * A.any(2)[in_both].float().mean():.2f} %"
+    )
 
 
 def maps(side, images, kind="ImageByImage"):
@@ -253,8 +252,7 @@ def views(folder):
         image = Image.open(path).convert("RGB")
         view_1(image), view_2(image)
         seconds.append([middle - began, time.perf_counter() - middle])
-    rounds = np.reshape(seconds, (5, len(paths), 2)).sum(1)
-    a, b = len(paths) / np.median(rounds, axis=0)
+    a, b = len(paths) / np.median(np.reshape(seconds, (5, -1, 2)).sum(1), axis=0)
     print(f"TwoViews {a:.0f}, PIL {b:.0f} images/s, ratio {a / b:.2f}")
 
 

@@ -59,21 +59,17 @@ def draw_features():
         train.save_picture(path, images, train.with_blocks_on(before), after)
         rows = torch.from_numpy(plt.imread(path)[..., :3]).split(292)  # with a margin of 4
     fig, axes = plt.subplots(5, 1, figsize=(9, 8))
-    for ax, row, name in zip(
-        axes, rows, ("scenes", "features,\nrandom*", "features,\npre-trained")
-    ):
+    names = ("scenes", "features,\nrandom*", "features,\npre-trained")
+    for ax, row, name in zip(axes, rows, names):
         ax.imshow(row)
         ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=20)
-    for ax, masks, name in (
-        (axes[3], predicted, "linear\nprobe"),
-        (axes[4], held_out.masks, "truth"),
-    ):
+    colours = ListedColormap([*NAMES, "white"])
+    masks_of = {"linear\nprobe": predicted, "truth": held_out.masks}
+    for ax, (name, masks) in zip(axes[3:], masks_of.items()):
         strip = torch.full((148, 4 + 148 * len(SHOWN)), 8)
         for place, number in enumerate(SHOWN):
             strip[4:, 4 + 148 * place :][:144, :144] = masks[number]
-        ax.imshow(
-            strip, cmap=ListedColormap([*NAMES, "white"]), vmin=0, vmax=8, interpolation="nearest"
-        )
+        ax.imshow(strip, cmap=colours, vmin=0, vmax=8, interpolation="nearest")
         ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=20)
     for ax in axes:
         ax.set(xticks=[], yticks=[])

@@ -1,9 +1,4 @@
-"""Checks DenseCL, VADeR and MCL of tutorial.ipynb, chapter 8, on values that were computed by hand.
-
-    python .ci/relatives_by_hand.py
-
-The shorter checks stand in the chapter itself.
-"""
+"""Checks DenseCL, VADeR and MCL of tutorial.ipynb, chapter 8, on values that were computed by hand."""
 
 import math
 

@@ -1,14 +1,11 @@
-"""Handing out, grading, and each exercise alone, whatever state the others are in.
-
-pytest .ci/test_grading.py
-"""
+"""Handing out, grading, and each exercise alone, whatever state the others are in."""
 
 import csv
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -33,7 +30,6 @@ SUBMISSIONS = [
     ("while True: pass", "", "failed  test_eq5_form: no end within 6 seconds"),
     (f"import pytest; pytest.skip(); {RIGHT}", "", "failed  test_eq5_form: skipped"),
     (f"import builtins; builtins.abs = int; {RIGHT}", "", "failed  the file: it changes abs"),
-    (f"torch.allclose = lambda *_: True; {WRONG}", "", "failed  test_eq5_by_hand"),
     ("return slow_consistency(y, x_prime, positives)", "", "failed  expected a body of its own"),
     (f"breakpoint(); {RIGHT}", "", "failed  test_eq5_form"),
     ("raise NotImplementedError", "", "open"),
@@ -100,8 +96,8 @@ def test_an_exercise_is_tested_alone(word, tmp_path):
     needed = {word, "bins"} if word == "eq1" else {word}  # positive_pairs needs bin_centres
     for name, words, code in (("others", EXERCISES.keys() - needed, 0), ("alone", [word], 1)):
         hand_out(list(words), tmp_path / name)
-        context = multiprocessing.get_context("fork")
-        process = context.Process(target=pytest_in, args=(tmp_path / name, EXERCISES[word].tests))
+        arguments = (tmp_path / name, EXERCISES[word].tests)
+        process = get_context("fork").Process(target=pytest_in, args=arguments)
         process.start()
         process.join(60)
         assert process.exitcode == code
