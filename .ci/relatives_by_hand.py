@@ -1,4 +1,4 @@
-"""Checks DenseCL, VADeR and MCL of tutorial.ipynb, chapter 8, on values that were computed by hand."""
+"""Checks DenseCL, VADeR and MCL of tutorial.ipynb, chapter 8, on values computed by hand."""
 
 import math
 
