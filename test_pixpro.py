@@ -313,7 +313,6 @@ def check_loss_gradients(what, loss, names, x, x_prime, *positives):
     check_derivative(what, lambda x: loss(x, x_prime, *positives), x)
 
 
-# Causes of wrong values that several equations share.
 NOT_COSINES = "products are taken, not cosines: divide by the norms over C"
 MEAN_OF_ALL = "one mean goes over all images; it must go over each image, then over the images"
 TRANSPOSED = "cosines or positives are transposed: rows must be the pixels of view 1, columns of 2"
@@ -1942,7 +1941,10 @@ def runs_no_code(statement):
         return all(name.partition(".")[0] in ALLOWED for name in names)
     if isinstance(statement, ast.FunctionDef):
         return all(map(is_constant, statement.args.defaults + statement.args.kw_defaults))
-    return isinstance(statement, (ast.Assign, ast.AnnAssign)) and is_constant(statement.value)
+    assigns = isinstance(statement, (ast.Assign, ast.AnnAssign))
+    targets = getattr(statement, "targets", [getattr(statement, "target", None)])
+    to_names = all(isinstance(target, ast.Name) for target in targets)
+    return assigns and to_names and is_constant(statement.value)
 
 
 def plain(statement):
@@ -1973,9 +1975,7 @@ def read(path, words):
     for key, statement in own.items():
         if key not in reference and key[0] in classes and runs_no_code(statement):
             taken[key] = statement
-        elif key not in graded and ast.unparse(statement) != ast.unparse(
-            reference.get(key, ast.Pass())
-        ):
+        elif key not in graded and ast.dump(statement) != ast.dump(reference.get(key, ast.Pass())):
             ignored.append(key[1])
     results = {}
     for word, exercise in EXERCISES.items():

@@ -25,6 +25,7 @@ SUBMISSIONS = [
     (RIGHT, "import os; os._exit(0)", "passed"),  # no statement at the top runs
     (RIGHT.replace("-mean", "negative(mean").replace(")  #", "))  #"), HELPER, "passed"),
     (f"print('FAILED test_pixpro.py::test_eq5_form'); {RIGHT}", "", "passed"),
+    (WRONG, "torch.Tensor.tolist = lambda self: [0.0]", "failed  test_eq5_by_hand"),
     (WRONG, "", "failed  test_eq5_by_hand: Eq. 5 by hand: expected -0.752369, found 0.752369."),
     (f"import os; os._exit(0); {RIGHT}", "", "failed  test_eq5_form: the process ended with 0"),
     ("while True: pass", "", "failed  test_eq5_form: no end within 6 seconds"),
