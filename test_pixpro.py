@@ -799,7 +799,6 @@ EQ5_MISTAKES = {
     -0.740165: "each pixel has its mean; all positive pairs of an image must weigh the same",
     -0.776777: "the most similar positive of each pixel is taken, not the mean over all",
     -3.083333: NOT_COSINES,  # y_i . x'_j
-    -1.282624: "x' is not normalised over C",  # y_i . x'_j / |y_i|
     0.495262: "2 - 2 cos is taken; Eq. 5 is -cos",  # 2 - 2 c
     0.247631: "1 - cos is taken; Eq. 5 is -cos",  # 1 - c
     -0.850383: "pixel i of y is paired with pixel i of x', not with its positives",  # mean c_ii
@@ -1567,7 +1566,8 @@ def test_whole_default_is_the_paper():
     paper = {"dim": 256, "hidden_dim": 2048, "gamma": 2, "num_layers": 1, "threshold": 0.7}
     paper |= {"instance_weight": 0, "objective": "pixpro", "temperature": 0.3}
     assert defaults.items() >= paper.items() and pixcontrast_loss.__defaults__ == (0.3,)
-    assert PixelPropagation.__init__.__defaults__ == (256, 2, 1)
+    others = [kind.__init__.__defaults__ for kind in (PixelPropagation, train.LARS)]
+    assert others == [(256, 2, 1), (0.9, 1e-5, 1e-3, 1e-8)]
     flags = {"arch": "resnet50", "layer": "layer4", "size": 224, "batch": 1024, "epochs": 100}
     flags |= {"warmup_epochs": 5, "lr": None, "crop_scale": 0.08, "ema_momentum": 0.99}
     flags |= {name: paper[name] for name in train.MODEL}
