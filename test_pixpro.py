@@ -1203,7 +1203,6 @@ LARS_MOMENTUM_MISTAKES = {
     -0.120008: "v is not kept from step to step",  # -0.08 - 0.005001 * 8
     -0.160008: "the rate is inside of v, or v is not multiplied by m",  # v = (0.005 + 0.005001) g
     -0.200016: "the rate of the constructor is taken, not the group's",  # the rate 2 again
-    -0.08: "the second step does nothing",
 }
 
 
@@ -1650,8 +1649,7 @@ def test_whole_step_on_another_device(options, monkeypatch):
         model(*batch[:2], *small_batch()[2:])
 
 
-# Each function that others copy, and the arguments of one call.
-FUNCTIONS = {
+FUNCTIONS = {  # that others copy, and the arguments of one call
     "positive_pairs": lambda: (random_boxes(3, seed=1), random_boxes(3, seed=2), (2, 3)),
     "pixcontrast_loss": lambda: (*random_maps(), random_positives()),
     "PixelPropagation": lambda: (random_maps()[0],),
@@ -2135,11 +2133,13 @@ def run_all(tasks, jobs, timeout):
     return verdicts
 
 
-def files_below(folder):
-    """The Python files of a folder, without those of hidden folders and of environments."""
-    parts = {path: path.relative_to(folder).parts for path in sorted(folder.rglob("*.py"))}
+def files_of(path):
+    """A file, or the Python files of a folder without those of hidden folders and environments."""
+    if not path.is_dir():
+        return [path] if path.exists() else []
+    parts = {file: file.relative_to(path).parts for file in sorted(path.rglob("*.py"))}
     hidden = re.compile(r"\..*|site-packages|__MACOSX")
-    return [path for path in parts if not any(map(hidden.fullmatch, parts[path]))]
+    return [file for file in parts if not any(map(hidden.fullmatch, parts[file]))]
 
 
 def grade(arguments):
@@ -2152,7 +2152,7 @@ def grade(arguments):
     parser.add_argument("--csv", type=Path, help="writes a table: a row for each file")
     parser.add_argument("--gradescope", type=Path, help="writes Gradescope's results.json")
     args = parser.parse_args(arguments)
-    files = files_below(args.path) if args.path.is_dir() else [args.path]
+    files = files_of(args.path)
     verdicts, ignored = {}, {}
     for path in files:
         results, ignored[path] = read(path, args.only or EXERCISES)
