@@ -204,7 +204,7 @@ def check_maps(x, x_prime, positives):
     """Raises an error unless x, x_prime are maps [N, C, H, W] and positives bool [N, HW, HW]."""
     if not x.ndim == x_prime.ndim == 4 or x.shape[:2] != x_prime.shape[:2]:
         raise ValueError(f"expected [N, C, H, W], found {list(x.shape)}, {list(x_prime.shape)}")
-    pairs = (len(x), x.shape[2:].numel(), x_prime.shape[2:].numel())  # [N, HW, HW]
+    pairs = len(x), x.shape[2:].numel(), x_prime.shape[2:].numel()  # [N, HW, HW]
     if positives.shape != pairs:
         raise ValueError(f"expected {list(pairs)} for the maps, found {list(positives.shape)}")
     if positives.dtype != torch.bool:
