@@ -79,10 +79,10 @@ EXERCISES = {
     "eq2": Exercise("pixcontrast_loss", "Eq. 2", 3, "eq2", "slow_pixcontrast", "no positives"),
     "eq3": Exercise(PPM, "Eq. 3 and 4", 4, "eq3 or eq4", "slow_propagation", "slopes at cosine 0"),
     "eq5": Exercise("consistency_loss", "Eq. 5", 5, "eq5", "slow_consistency", "what is averaged"),
-    "eq6": Exercise("instance_loss", "Eq. 6", 5, "eq6", "slow_instance", "nothing: a first one"),
+    "eq6": Exercise("instance_loss", "Eq. 6", 6, "eq6", "slow_instance", "nothing: a first one"),
     "momentum": Exercise(EMA, "Sec. 3.1", 5, "momentum", "", "changing weights in place"),
-    "lars": Exercise("LARS.step", "Sec. 4.1", 6, "lars", "", "the order of its parts"),
-    "schedule": Exercise("lr_at", "Sec. 4.1", 6, "schedule", "", "where the cosine begins"),
+    "lars": Exercise("LARS.step", "Sec. 4.1", 7, "lars", "", "the order of its parts"),
+    "schedule": Exercise("lr_at", "Sec. 4.1", 7, "schedule", "", "where the cosine begins"),
 }
 
 

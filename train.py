@@ -500,7 +500,7 @@ def main(argv=None):
     if rank == 0:
         if not (out / "features.png").exists():
             finish(args, samples, initial.to(device), model.backbone)
-        print(f"complete: {args.steps} steps; {out} has backbone.pt, features.png, metrics.jsonl")
+        print(f"complete: {args.steps} steps, in {out}")
         held.close()
     if "RANK" in os.environ:
         distributed.destroy_process_group()
@@ -560,8 +560,8 @@ def finish(args, samples, initial, trained):
         data = (images, scenes.masks, test_images, test.masks)
         start = linear_probe(initial, *data)
         blocks_on = linear_probe(with_blocks_on(initial), *data)
-        print(f"linear probe, mIoU {start:.1f}: random, as the recipe starts it")
-        print(f"linear probe, mIoU {blocks_on:.1f}: random, with its residual blocks switched on")
+        print(f"linear probe, mIoU {start:.1f}: random")
+        print(f"linear probe, mIoU {blocks_on:.1f}: random, blocks on")
         print(f"linear probe, mIoU {linear_probe(trained, *data):.1f}: pre-trained")
         shown = v2.functional.resize(test.images[:8], [2 * args.size])
     else:

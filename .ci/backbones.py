@@ -37,13 +37,13 @@ FAMILIES = {  # names: the network that is tried, the layer to name, the least s
 
 
 def row(arch):
-    """Family, layer, least size, side of the map at 224 and at 112, what is special."""
+    """Family, layer, least size, sides of the map at 224 and 112, what is special."""
     [family] = [family for family in FAMILIES if fnmatch.fnmatchcase(arch, family)]
     _, layer, least = FAMILIES[family]
     try:
         model = PixPro(Backbone(arch, layer), hidden_dim=8)
     except ValueError as error:
-        return f"| `{family}` | none | | | | refused: {error} |"
+        return f"| `{family}` | none | | | refused: {error} |"
     sides = [train_step(model, size) if size >= least else "refused" for size in (224, 112)]
     kinds = {type(module).__name__ for module in model.backbone.modules()}
     notes = ["no BatchNorm"] * ("BatchNorm2d" not in kinds)
@@ -52,7 +52,7 @@ def row(arch):
         if p.dim() > 1 >= p.squeeze().dim():  # for LARS, as biases and norms are
             notes.append(f"`{name.split('.')[-1]}` is a vector")
     special = ", ".join(dict.fromkeys(notes))
-    return f"| `{family}` | `{layer}` | {least} | {sides[0]} | {sides[1]} | {special} |"
+    return f"| `{family}` | `{layer}` | {least} | {sides[0]}, {sides[1]} | {special} |"
 
 
 def train_step(model, size):

@@ -102,7 +102,7 @@ def photographs(*words):
 
     test: fit on train.txt, test on test.txt; search: fit on 60 of train.txt, test on its others.
     With --labels, all layers and an FCN head are trained for 300 steps on so many of those to fit.
-    A backbone is a file, "random SEED" or, with its residual blocks switched on, "random* SEED".
+    A backbone is a file, "random SEED" or "random, blocks on SEED".
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
@@ -136,12 +136,12 @@ def photographs(*words):
 
 
 def backbone_of(word):
-    kind, _, seed = word.partition(" ")
-    torch.manual_seed(int(seed or 0))
+    kind, _, seed = word.rpartition(" ")
+    torch.manual_seed(int(seed) if kind else 0)
     backbone = Backbone("resnet18", "layer3")
-    if not seed:
+    if not kind:
         backbone.body.load_state_dict(torch.load(word, weights_only=True))
-    return train.with_blocks_on(backbone) if kind == "random*" else backbone
+    return train.with_blocks_on(backbone) if kind == "random, blocks on" else backbone
 
 
 def relatives(method, optimizer, rate, steps, folder, out):

@@ -29,7 +29,7 @@ NAMES += ["darkgreen", "indianred"]
 CURVES = (
     ("PixContrast", "#0072B2", "-s", "pixcontrast"),
     ("PixPro", "#009E73", "-o", "pixpro"),
-    ("random*", "#777777", "--^", "random*"),
+    ("random, blocks on", "#777777", "--^", "random, blocks on"),
 )
 plt.rcParams.update({"font.size": 15, "axes.spines.top": False, "axes.spines.right": False})
 
@@ -59,7 +59,7 @@ def draw_features():
         train.save_picture(path, images, train.with_blocks_on(before), after)
         rows = torch.from_numpy(plt.imread(path)[..., :3]).split(292)  # with a margin of 4
     fig, axes = plt.subplots(5, 1, figsize=(9, 8))
-    names = ("scenes", "features,\nrandom*", "features,\npre-trained")
+    names = ("scenes", "features,\nrandom,\nblocks on", "features,\npre-trained")
     for ax, row, name in zip(axes, rows, names):
         ax.imshow(row)
         ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=20)
@@ -110,7 +110,7 @@ def draw_steps():
     for row in rows_of("photographs.jsonl"):
         if row["kind"] != "test" or "labels" in row:
             continue
-        if row["backbone"].startswith("random*"):
+        if row["backbone"].startswith("random, blocks on"):
             random.append(row["miou"])
         elif found := re.match(r"runs/(.+)/backbone-(\d+).pt", row["backbone"]):
             runs.setdefault(found[1], {})[int(found[2])] = row["miou"]

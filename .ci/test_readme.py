@@ -19,6 +19,7 @@ from pixpro import Backbone, Heads, PixelPropagation, PixPro
 from test_pixpro import EXERCISES, HERE, SmallBackbone, random_boxes, small_batch, trained
 
 README = (HERE / "README.md").read_text("utf-8")
+RESULTS = (HERE / ".ci/results/README.md").read_text("utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 CELLS = json.loads((HERE / "tutorial.ipynb").read_text("utf-8"))["cells"]
 CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
@@ -49,8 +50,8 @@ def save_authors_file(backbone, opt=None):
 def test_readme_snippets_run(snippet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    Path("runs/demo").mkdir(parents=True)
-    torch.save(Backbone("resnet18", "layer3").body.state_dict(), "runs/demo/backbone.pt")
+    Path("runs/mine").mkdir(parents=True)
+    torch.save(Backbone("resnet18", "layer3").body.state_dict(), "runs/mine/backbone.pt")
     torch.save(Backbone("resnet50").body.state_dict(), "backbone.pt")
     if "heads.pt" in snippet:
         torch.save(Heads("resnet50").state_dict(), "heads.pt")
@@ -65,9 +66,11 @@ def test_readme_snippets_run(snippet, tmp_path, monkeypatch):
     elif "model" in names:
         box = random_boxes(2, seed=0)
         names["model"](*torch.rand(2, 2, 3, 64, 64), box, box).loss.backward()
-    if "classifier" in names:  # of backbone.pt: in every network to the bit
-        bodies = [names["classifier"], names["segmenter"].backbone]
-        bodies += [names["detector"].backbone.body, names["mask_rcnn"].backbone.body]
+    if "segmenter" in names:  # of backbone.pt: in every network to the bit
+        assert names["segmenter"].eval()(torch.rand(2, 3, 64, 64))["out"].shape == (2, 21, 64, 64)
+        bodies = [names["segmenter"].backbone]
+        if "classifier" in names:
+            bodies += [names["classifier"], names["detector"].backbone.body]
         for body in bodies:
             weights = body.state_dict()
             assert all(torch.equal(weights[name], w) for name, w in names["weights"].items())
@@ -147,16 +150,17 @@ def test_pages_name_what_exists():
     assert len(tests) >= 10 and tests <= defined, tests - defined
     links = re.findall(r"\]\(((?!http|#)[^)]+)\)", README)
     assert links and all((HERE / link).exists() for link in links)
-    headings = {f"#{title.lower().replace(' ', '-')}" for title in re.findall(r"\n#+ (.+)", README)}
+    titles = [title.replace(",", "").lower() for title in re.findall(r"\n#+ (.+)", README)]
+    headings = {f"#{title.replace(' ', '-')}" for title in titles}
     assert set(re.findall(r"\]\((#[^)]+)\)", README)) <= headings
     assert "pip install matplotlib ipykernel" in README
     ours = {"--" + name.replace("_", "-") for name in vars(train.parse([]))} | {"--help"}
     torchruns = {"--nproc", "--nnodes", "--standalone", "--max-restarts", "--rdzv"}
     slurms = {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--requeue"}
     graders = set(re.findall(r'add_argument\("(--\w+)', files[0].read_text()))
-    scripts = {"--labels", *graders}  # of .ci/experiments.py and test_pixpro.py
-    flags = set(re.findall(r"(?<![-|])--[a-z][a-z-]*", README))
-    assert flags <= ours | torchruns | slurms | scripts, flags - ours
+    others = {"--labels", "--index-url", *graders}  # of experiments.py, pip and test_pixpro.py
+    flags = set(re.findall(r"(?<![-|])--[a-z][a-z-]*", README + RESULTS))
+    assert flags <= ours | torchruns | slurms | others, flags - ours
 
 
 def test_pages_name_the_exercises_as_their_table_does():
@@ -168,7 +172,14 @@ def test_pages_name_the_exercises_as_their_table_does():
         assert found <= commands, found - commands
     for word, exercise in EXERCISES.items():
         functions = ", ".join(f"`{name}`" for name in exercise.functions.split())
-        cells = [f"`{word}`", functions, exercise.place, str(exercise.chapter), exercise.hard]
+        file = "train.py: " if exercise.file() == "train.py" else ""
+        cells = [
+            exercise.place,
+            file + functions,
+            f"`{word}`",
+            str(exercise.chapter),
+            exercise.hard,
+        ]
         assert f"| {' | '.join(cells)} |" in README, word
         assert f"`{exercise.command()}`" in chapters[exercise.chapter], word
 

@@ -142,8 +142,7 @@ def test_a_demo_run_writes_everything(tmp_path, capsys):
     run(tmp_path, *flags)
     printed = capsys.readouterr().out
     probes = re.findall(r"linear probe, mIoU (\d+\.\d): (.+)", printed)
-    names = ["random, as the recipe starts it", "random, with its residual blocks switched on"]
-    assert [name for _, name in probes] == [*names, "pre-trained"]
+    assert [name for _, name in probes] == ["random", "random, blocks on", "pre-trained"]
     assert len({miou for miou, _ in probes}) == 3 and "complete: 2 steps" in printed
     before = contents(tmp_path)
     assert before.keys() == files | {"metrics.jsonl", "features.png"}
