@@ -145,7 +145,7 @@ def backbone_of(word):
 
 
 def relatives(method, optimizer, rate, steps, folder, out):
-    """Pre-trains densecl, vader or mcl, of chapter 8 of the tutorial, on photographs.
+    """Pre-trains densecl, vader or mcl, of chapter 9 of the tutorial, on photographs.
 
     The rate rises and falls as in the demo, and m is 0.99 (MCL: as in PixPro). metrics.jsonl has
     the mean loss of ten steps and, every 400 steps, of eight batches that are not trained on.
@@ -155,7 +155,7 @@ def relatives(method, optimizer, rate, steps, folder, out):
     kind = tutorial("imports", "relatives")[RELATIVES[method]]
     torch.manual_seed(0)
     model = kind(Backbone("resnet18", "layer3")) if method == "densecl" else kind()
-    network = model.backbone.body if method == "densecl" else model.fpn.body
+    network = model.online["backbone" if method == "densecl" else "fpn"].body
     optimizer = optimizer_of(model, optimizer)
     groups = optimizer.param_groups
     peaks = [float(rate) * group["lr"] / groups[0]["lr"] for group in groups]

@@ -1,67 +1,61 @@
-"""Checks DenseCL, VADeR and MCL of tutorial.ipynb, chapter 8, on values computed by hand."""
-
-import math
+"""Checks chapter 9 of tutorial.ipynb on values by hand, and the grader of its exercise."""
 
 import torch
 from experiments import tutorial
 
-from pixpro import Backbone, positive_pairs
+from pixpro import positive_pairs
+
+names = tutorial("imports", "relatives")
+one_hot, q, k = torch.eye(5), torch.eye(3)[:1], torch.tensor([[0.8, 0.6, 0.0]])
+d, negatives = torch.eye(2).repeat(2, 1), torch.tensor([[0.6, 0.8, 0.0], [0.0, 1.0, 0.0]])
+for tau, inputs, expected in (
+    (0.2, (one_hot[:1], one_hot[:1], one_hot[1:]), 0.026595),
+    (1.0, (q, k, negatives), 0.818925),
+    (0.2, (q, k, negatives), 0.326563),
+    (1.0, (d, d, d[:1]), 0.503204),
+    (0.2, (q[:0], k[:0], negatives), 0),  # no pair, and no NaN
+):
+    assert abs(names["info_nce"](*inputs, tau).item() - expected) < 1e-6, expected
+
+# DenseCL: its loss on two pixels, which view 2 has in the other order, and what it pushes.
+backbone = torch.nn.Identity()
+backbone.out_channels = 2
+densecl = names["DenseCL"](backbone, dim=2, queue=1)
+for parts in (densecl.online, densecl.momentum):
+    parts.update({"whole": backbone, "dense": backbone})
+densecl.whole_queue, densecl.dense_queue = torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]]])
+view = torch.tensor([[[[2.0, 0.0]], [[0.0, 1.0]]]])  # [1, 2, 1, 2]: pixels (2, 0) and (0, 1)
+# log(1 + e^(negative - positive)) of the mean (2, 1) / sqrt 5, and of both pixels
+logs = torch.tensor([(2 / 5**0.5 - 1) / 0.2, 0, -5]).exp().log1p() * torch.tensor([0.5, 0.25, 0.25])
+assert abs(densecl(view, view.flip(3), None, None) - logs.sum()) < 1e-6
+assert torch.allclose(densecl.dense_queue, torch.tensor([[0.8944, 0.4472]]), atol=1e-4)
+
+# VADeR: on maps of 4 x 4 the same box, one cell to the right, mirrored, apart.
+box, size, pairs = torch.tensor([[0.0, 0, 4, 4]]), torch.Size([4, 4]), names["VADeR"]().pairs
+for other, columns in (([0, 0, 4, 4], "0123"), ([1, 0, 5, 4], " 012"), ([4, 0, 0, 4], "3210")):
+    _, i, j = pairs(box, torch.tensor([other]), size)
+    assert len(i) == 32
+    assert all(f"{b % 4}" == columns[a % 4] and a // 4 == b // 4 for a, b in zip(i, j))
+assert len(pairs(box, box + 90, size)[1]) == 0
+
+# MCL: every cell of a montage finds its image, each of one colour.
+plain = torch.rand(16, 3, 1, 1).expand(-1, -1, 64, 64)
+for s in (1, 2, 4):
+    found = names["cells"](names["montage"](plain, s), s).mean((2, 3))  # [16, 3]
+    assert torch.allclose(found, plain[:, :, 0, 0], atol=1e-5)
 
 
-def check_densecl(chapter):
-    """Its loss on four pixels, dense alone and half dense; what it pushes into the queue."""
-    shuffle = [2, 0, 3, 1]
-    match = torch.tensor([[1, 3, 0, 2]])
-    d = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0]]).view(1, 2, 2, 2)
-    d_prime = d.flatten(2)[:, :, shuffle].view(1, 2, 2, 2)
-    up = torch.tensor([[0.0, 1.0]])
-    model = chapter["DenseCL"](Backbone("resnet18", "layer1"), dim=2, queue=1, temperature=1.0)
-    for weight, expected in ((1.0, 0.503204), (0.5, 0.408233)):
-        model.weight = weight
-        model.whole_queue = torch.tensor([[1.0, 0.0]])
-        model.dense_queue = torch.tensor([[1.0, 0.0]])
-        found = model.loss(up, up, d, d_prime, match).item()
-        assert abs(found - expected) < 1e-6, (weight, expected, found)
+def solution(least):  # keeps the pixels with at least so many positives
+    class Solution(names["DenseCL"]):
+        def pairs(self, f, f_prime, box_1, box_2):
+            A = positive_pairs(box_1, box_2, f.shape[2:])
+            image, i = (A.sum(2) >= least).nonzero().T
+            return image, i, A[image, i].float().argmax(1)
 
-    raw = torch.tensor([[[[2.0, 0.0]], [[0.0, 1.0]]]])  # [1, 2, 1, 2]: pixels (2, 0) and (0, 1)
-    model.loss(up, up, raw, raw, torch.tensor([[0, 1]]))
-    expected = torch.tensor([[0.8944, 0.4472]])  # pooled, then normalised
-    assert torch.allclose(model.dense_queue, expected, atol=1e-4), model.dense_queue
+    return Solution
 
 
-def check_vader(chapter):
-    """Pairs on maps of 4 x 4: the same box, one cell to the right, mirrored, apart."""
-    box = torch.tensor([[0.0, 0.0, 4.0, 4.0]])
-    right = torch.tensor([[1.0, 0.0, 5.0, 4.0]])
-    mirrored = torch.tensor([[4.0, 0.0, 0.0, 4.0]])
-    apart = torch.tensor([[90.0, 90.0, 94.0, 94.0]])
-    for other, count in ((box, 16), (right, 12), (mirrored, 16), (apart, 0)):
-        assert positive_pairs(box, other, (4, 4), threshold=0.5).sum() == count
-    for other, column_of in (
-        (box, lambda column: column),
-        (right, lambda column: column - 1),
-        (mirrored, lambda column: 3 - column),
-    ):
-        _, i, j = chapter["sample_pairs"](box, other, (4, 4), count=50)
-        assert len(i) == 50
-        assert torch.equal(j, i // 4 * 4 + column_of(i % 4))
-    assert len(chapter["sample_pairs"](box, apart, (4, 4), count=50)[1]) == 0
-
-
-def check_mcl(chapter):
-    """Equal logits in both directions and at all three scales: 4 log N."""
-    model = chapter["MCL"](scales=(1, 2, 4), weights=(0.5, 0.25, 0.25), dim=8, hidden=8)
-    for predictor in model.predictors:
-        torch.nn.init.zeros_(predictor[-1].weight)
-        torch.nn.init.zeros_(predictor[-1].bias)
-    view_1, view_2 = torch.rand(2, 16, 3, 128, 128)
-    found = model(view_1, view_2, None, None).item()
-    assert abs(found - 4 * math.log(16)) < 1e-5, found
-
-
-if __name__ == "__main__":
-    chapter = tutorial("imports", "relatives")
-    check_densecl(chapter)
-    check_vader(chapter)
-    check_mcl(chapter)
-    print("DenseCL, VADeR and MCL: all values as by hand")
+views = torch.rand(2, 3, 64, 64), box.expand(2, 4)
+assert names["grade_pairs"](solution(1), *views) == "pairs: passed"
+found = names["grade_pairs"](solution(0), *views)
+assert found.endswith("expected ij '10 21 43 54', found '00 10 21 30 43 54'"), found
