@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from random import uniform
 from timeit import timeit
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -42,6 +43,16 @@ OPTIMIZERS = {  # name: class, options of the matrices, options of the vectors; 
     "adamw": ("torch.optim.AdamW", {"lr": 1e-3}, {"lr": 0.1}),
     "adamw-one-rate": ("torch.optim.AdamW", {"lr": 1e-3}, {"lr": 1e-3}),
     "sgd": ("torch.optim.SGD", SGD, SGD),
+}
+COLOURS = {  # of LabelMeFacade's labels; all other pixels are "various" and do not count
+    "building": (128, 0, 0),
+    "car": (128, 0, 128),
+    "door": (128, 128, 0),
+    "pavement": (128, 128, 128),
+    "road": (128, 64, 0),
+    "sky": (0, 128, 128),
+    "vegetation": (0, 128, 0),
+    "window": (0, 0, 128),
 }
 RELATIVES = {"densecl": "DenseCL", "vader": "VADeR", "mcl": "MCL"}  # in the notebook
 
@@ -97,6 +108,22 @@ def append(path, row):
         file.write(json.dumps(row) + "\n")
 
 
+def facade(folder, names, size=(192, 256)):
+    """Photographs and labels of these names: images uint8 [N, 3, h, w], masks [N, h, w]."""
+    images, masks = [], []
+    for name in names:
+        image = Image.open(folder / "images" / f"{name}.jpg").convert("RGB")
+        image = image.resize(size[::-1], Image.BILINEAR)
+        label = Image.open(folder / "labels" / f"{name}.png").convert("RGB")
+        label = np.asarray(label.resize(size[::-1], Image.NEAREST))  # [h, w, 3]
+        mask = np.full(size, 255)
+        for number, colour in enumerate(COLOURS.values()):
+            mask[(label == colour).all(2)] = number
+        images.append(v2.functional.pil_to_tensor(image))
+        masks.append(torch.from_numpy(mask))
+    return SimpleNamespace(images=torch.stack(images), masks=torch.stack(masks))
+
+
 def photographs(*words):
     """The linear probe on LabelMeFacade, or fine-tuning; a row each in results/photographs.jsonl.
 
@@ -119,8 +146,8 @@ def photographs(*words):
         fit, test = fit[:60], fit[60:]
     if args.labels:
         fit = np.random.default_rng(args.seed).permutation(fit)[: args.labels]
-    fit, test = chapter["facade"](args.folder, fit), chapter["facade"](args.folder, test)
-    classes = len(chapter["COLOURS"])
+    fit, test = facade(args.folder, fit), facade(args.folder, test)
+    classes = len(COLOURS)
     for word in args.backbones:
         row = {"kind": args.kind, "backbone": word}
         backbone, began = backbone_of(word), time.monotonic()
