@@ -12,13 +12,14 @@ import re
 import resource
 import sys
 import time
+from functools import partial
 from pathlib import Path
-from random import uniform
 from timeit import timeit
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
@@ -26,7 +27,7 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train
-from pixpro import MEAN, STD, Backbone, PixPro, TwoViews, bin_centres, momentum_at, positive_pairs
+from pixpro import Backbone, PixPro, TwoViews, bin_centres, momentum_at, positive_pairs
 
 ROOT = Path(__file__).parents[1]
 BATCH = 32  # as in the demo
@@ -42,6 +43,16 @@ OPTIMIZERS = {  # name: class, options of the matrices, options of the vectors; 
     "adamw": ("torch.optim.AdamW", {"lr": 1e-3}, {"lr": 0.1}),
     "adamw-one-rate": ("torch.optim.AdamW", {"lr": 1e-3}, {"lr": 1e-3}),
     "sgd": ("torch.optim.SGD", SGD, SGD),
+}
+COLOURS = {  # of LabelMeFacade's labels; all other pixels are "various" and do not count
+    "building": (128, 0, 0),
+    "car": (128, 0, 128),
+    "door": (128, 128, 0),
+    "pavement": (128, 128, 128),
+    "road": (128, 64, 0),
+    "sky": (0, 128, 128),
+    "vegetation": (0, 128, 0),
+    "window": (0, 0, 128),
 }
 RELATIVES = {"densecl": "DenseCL", "vader": "VADeR", "mcl": "MCL"}  # in the notebook
 
@@ -97,6 +108,22 @@ def append(path, row):
         file.write(json.dumps(row) + "\n")
 
 
+def facade(folder, names, size=(192, 256)):
+    """Photographs and labels of these names: images uint8 [N, 3, h, w], masks [N, h, w]."""
+    images, masks = [], []
+    for name in names:
+        image = Image.open(folder / "images" / f"{name}.jpg").convert("RGB")
+        image = image.resize(size[::-1], Image.BILINEAR)
+        label = Image.open(folder / "labels" / f"{name}.png").convert("RGB")
+        label = np.asarray(label.resize(size[::-1], Image.NEAREST))  # [h, w, 3]
+        mask = np.full(size, 255)
+        for number, colour in enumerate(COLOURS.values()):
+            mask[(label == colour).all(2)] = number
+        images.append(v2.functional.pil_to_tensor(image))
+        masks.append(torch.from_numpy(mask))
+    return SimpleNamespace(images=torch.stack(images), masks=torch.stack(masks))
+
+
 def photographs(*words):
     """The linear probe on LabelMeFacade, or fine-tuning; a row each in results/photographs.jsonl.
 
@@ -119,8 +146,8 @@ def photographs(*words):
         fit, test = fit[:60], fit[60:]
     if args.labels:
         fit = np.random.default_rng(args.seed).permutation(fit)[: args.labels]
-    fit, test = chapter["facade"](args.folder, fit), chapter["facade"](args.folder, test)
-    classes = len(chapter["COLOURS"])
+    fit, test = facade(args.folder, fit), facade(args.folder, test)
+    classes = len(COLOURS)
     for word in args.backbones:
         row = {"kind": args.kind, "backbone": word}
         backbone, began = backbone_of(word), time.monotonic()
@@ -208,9 +235,8 @@ def crops(count=20_000):
     for name, pixels in (("in both views", in_both), ("with a positive", A.any(2))):
         shares = 100 * pixels.float().mean(1)  # [N]
         print(f"{name}: {shares.mean():.2f} ± {shares.std() / count**0.5:.2f} % of the pixels")
-    print(
-        f"with a positive, of those in both views: {100 * A.any(2)[in_both].float().mean():.2f} %"
-    )
+    share = 100 * A.any(2)[in_both].float().mean()
+    print(f"with a positive, of those in both views: {share:.2f} %")
 
 
 def maps(side, images, kind="ImageByImage"):
@@ -240,58 +266,17 @@ def maps(side, images, kind="ImageByImage"):
 
 
 def views(folder):
-    """Images a second on one core, decoding included: TwoViews, and the same with PIL alone."""
+    """Images a second on one core: two views of 224 x 224, decoding included."""
     paths = [str(path) for path in sorted(Path(folder).rglob("*.jpg"))[:200]]
     samples = train.Samples(paths, TwoViews(224), 0, folder="")
-    view_1, view_2 = pil_view(blur=1.0, solarize=0.0), pil_view(blur=0.1, solarize=0.2)
-    seconds = []
-    for n, path in enumerate(5 * paths):
-        began = time.perf_counter()
-        samples[n]
-        middle = time.perf_counter()
-        image = Image.open(path).convert("RGB")
-        view_1(image), view_2(image)
-        seconds.append([middle - began, time.perf_counter() - middle])
-    a, b = len(paths) / np.median(np.reshape(seconds, (5, -1, 2)).sum(1), axis=0)
-    print(f"TwoViews {a:.0f}, PIL {b:.0f} images/s, ratio {a / b:.2f}")
+    seconds = [timeit(partial(samples.__getitem__, n), number=1) for n in range(5 * len(paths))]
+    print(f"{len(paths) / np.median(np.reshape(seconds, (5, -1)).sum(1)):.0f} images/s")
 
 
-def pil_view(blur, solarize):
-    random_blur = v2.Lambda(lambda image: image.filter(ImageFilter.GaussianBlur(uniform(0.1, 2))))
-    steps = [v2.RandomResizedCrop(224, (0.08, 1)), v2.RandomHorizontalFlip()]
-    steps += [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8), v2.RandomGrayscale(0.2)]
-    steps += [v2.RandomApply([random_blur], blur), v2.RandomSolarize(128, solarize)]
-    steps += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-    return v2.Compose(steps)
-
-
-def step(arch, layer, size, batch, amp):
-    """Seconds of a training step, and of the passes through its networks alone."""
-    model = PixPro(Backbone(arch, layer)).to(memory_format=torch.channels_last)
-    optimizer = train.LARS(model.parameters(), 1.0)
-    views = torch.randn(2, int(batch), 3, int(size), int(size))
-    box = torch.tensor([[0.0, 0.0, 160.0, 160.0]] * int(batch))
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=amp == "bf16")
-
-    def whole():
-        model.update_momentum(0.99)
-        with autocast:
-            loss = model(*views, box, box + 40).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def bare():
-        with autocast:
-            maps = [model.projector(model.backbone(view)) for view in views]
-            with torch.no_grad():
-                [model.momentum_projector(model.momentum_backbone(view)) for view in views]
-        sum(x.float().mean() for x in maps).backward()
-        optimizer.zero_grad()
-
-    rounds = [(timeit(whole, number=1), timeit(bare, number=1)) for _ in range(12)]
-    a, b = np.median(rounds[2:], axis=0)  # the first two do not count
-    print(f"{arch}, {amp}: {a:.3f} s, the networks alone {b:.3f} s, ratio {a / b:.3f}")
+def mosaics(*flags):
+    """The demo on mosaics of chapter 11 of the tutorial, with flags of train.py."""
+    train.Scenes = tutorial("imports", "mosaics")["Mosaics"]
+    train.main(flags)
 
 
 if __name__ == "__main__":
