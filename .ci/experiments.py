@@ -273,9 +273,10 @@ def views(folder):
     print(f"{len(paths) / np.median(np.reshape(seconds, (5, -1)).sum(1)):.0f} images/s")
 
 
-def mosaics(*flags):
-    """The demo on mosaics of chapter 11 of the tutorial, with flags of train.py."""
-    train.Scenes = tutorial("imports", "mosaics")["Mosaics"]
+def mosaics(views, *flags):
+    """The demo on mosaics of chapter 11 of the tutorial, with its views and flags of train.py."""
+    names = tutorial("imports", "mosaics")
+    train.Scenes, train.TwoViews = names["Mosaics"], names[views]
     train.main(flags)
 
 

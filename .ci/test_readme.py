@@ -166,6 +166,7 @@ def test_pages_name_what_exists():
 def test_pages_name_the_exercises_as_their_table_does():
     text = "\n".join("".join(cell["source"]) for cell in CELLS)
     chapters = re.split(r"\n## (?=\d)", text)
+    assert all(int(n) < len(chapters) for n in re.findall(r"chapter (\d+)", README))
     commands = {f"`{exercise.command()}`" for exercise in EXERCISES.values()}
     for page in (README, *chapters):
         found = set(re.findall(r"`(?:python -m )?pytest -k [^`]* -x[^`]*`", page))
