@@ -541,4 +541,4 @@ def test_every_kind_of_network_trains_from_its_least_size_on(family):
     with pytest.raises((RuntimeError, ValueError)):
         train.try_network(model, 2, least - 1)
     row, side = re.escape(f"\n| `{family}` | `{layer}` | {least} | "), train_step(model, 112)
-    assert re.search(rf"{row}\d+ \| {side} \|", (HERE / "README.md").read_text("utf-8"))
+    assert re.search(rf"{row}\d+, {side} \|", (HERE / "README.md").read_text("utf-8"))
