@@ -1808,8 +1808,7 @@ The bodies of these functions are yours to write, where `NotImplementedError` is
 |---|---|---|---|---|
 {rows}
 
-1. `pip install -r requirements.txt`, and for the notebook `pip install matplotlib ipykernel
-   scikit-image`
+1. `pip install -r requirements.txt matplotlib ipykernel scikit-image` (three for the notebook)
 2. Read the docstring of a function: it says what goes in and what comes out. Write the body.
 3. Run its test. The first failure says what is wrong, in words.
 4. {commands} shows how it will be graded.
