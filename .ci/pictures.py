@@ -90,7 +90,8 @@ def draw_labels():
     for name, colour, style, words in CURVES:
         points = {}
         for row in rows_of("photographs.jsonl"):
-            if row["kind"] == "test" and "labels" in row and words in row["backbone"]:
+            of_this = re.match(rf"(runs/)?{words}[- ]\d", row["backbone"])
+            if row["kind"] == "test" and "labels" in row and of_this:
                 points.setdefault(row["labels"], []).append(row["miou"])
         labels = sorted(points)
         for n in labels:
@@ -117,7 +118,7 @@ def draw_steps():
 
     fig, ax = plt.subplots(figsize=(7, 4.6))
     for name, colour, style, words in CURVES[:2]:
-        of_this = [run for run in runs if re.fullmatch(rf"{words}-\d|long-{words}", run)]
+        of_this = [run for run in runs if re.fullmatch(rf"(long-)?{words}-\d", run)]
         for number, run in enumerate(of_this):
             steps = sorted(runs[run])
             width = 3 if run.startswith("long") else 1.2
