@@ -7,7 +7,7 @@ Eq. 1     Pixels (cells of the two feature maps) that lie close in the image are
 Eq. 2     PixContrast, the baseline: InfoNCE over the pixels of the other view of the image.
 Eq. 3, 4  The pixel propagation module smooths the online encoder's map.
 Eq. 5     PixPro pulls it towards the momentum encoder's map of the other view, without negatives.
-Eq. 6     An instance-level loss can share the backbone; levels of a head network the loss (3.3).
+Eq. 6     An instance-level loss may be added. Sec. 3.3: the loss on several levels of a network.
 
 symbol      name                          shape         meaning (pixel i = row * W + column)
 x           x                             [N, C, H, W]  map of the online encoder
@@ -118,7 +118,7 @@ def random_hue(view):
 
 
 def random_blur(view):
-    """Gaussian blur with sigma ~ U(0.1, 2) pixels, in two passes: 14 times as fast as one."""
+    """Gaussian blur with sigma ~ U(0.1, 2) pixels, along the columns and then the rows."""
     sigma = torch.empty(()).uniform_(0.1, 2.0).item()
     taps = 2 * min(math.ceil(3 * sigma), view.shape[2] - 1) + 1  # few in a small view
     view = v2.functional.gaussian_blur(view, [1, taps], sigma)  # along the columns
@@ -464,7 +464,7 @@ class PixPro(nn.Module):
 
 
 class PixProOnLevels(PixPro):
-    """PixPro for a backbone that returns a dict of maps, fine to coarse (Sec. 3.3): their mean."""
+    """PixPro on a dict of maps, fine to coarse (Sec. 3.3): the mean of their losses."""
 
     def forward(self, view_1, view_2, box_1, box_2):
         encoders = (self.backbone, self.momentum_backbone)  # the second is frozen: no gradient

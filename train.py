@@ -534,7 +534,7 @@ def record(args, step, values, speed):
     figures = "loss {loss:.3f} similarity {similarity:.2f} spread {spread:.2f}".format(**values)
     speed = f"{speed * args.batch:.0f} images/s"
     print(f"{step}/{args.steps} {figures} {speed} {left} left", flush=True)
-    if values["spread"] < 0.4 and step > args.warmup_steps:  # healthy runs stay above
+    if values["spread"] < 0.4 and step > args.warmup_steps:  # the demo stays above
         print("warning: low spread, the features may have collapsed", flush=True)
 
 
@@ -596,11 +596,13 @@ def frozen_features(backbone, images):
 
 
 def with_blocks_on(backbone):
-    """A copy with all BatchNorm weights at 1: residual blocks that start at 0 are switched on."""
+    """A copy whose residual blocks, which start at 0 (ConvNeXt's: 1e-6), are switched on."""
     backbone = copy.deepcopy(backbone)
     for module in backbone.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.ones_(module.weight)
+        if hasattr(module, "layer_scale"):
+            torch.nn.init.ones_(module.layer_scale)
     return backbone
 
 

@@ -533,12 +533,14 @@ def test_every_network_of_torchvision_is_in_one_family():
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"maxvit_t", "vit_*"}))
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_every_kind_of_network_trains_from_its_least_size_on(family):
-    """One step, and README's table has the side of the map."""
+    """One step; README's table has the side of the map; and with_blocks_on leaves no block off."""
     arch, layer, least = FAMILIES[family]
     torch.manual_seed(0)
     model = PixPro(Backbone(arch, layer), hidden_dim=8)
     train.try_network(model, 2, least)
     with pytest.raises((RuntimeError, ValueError)):
         train.try_network(model, 2, least - 1)
+    for name, p in train.with_blocks_on(model.backbone).named_parameters():
+        assert p.squeeze().dim() > 1 or name.endswith("bias") or p.min() > 0.1
     row, side = re.escape(f"\n| `{family}` | `{layer}` | {least} | "), train_step(model, 112)
     assert re.search(rf"{row}\d+, {side} \|", (HERE / "README.md").read_text("utf-8"))
