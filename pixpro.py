@@ -49,7 +49,7 @@ STD = (0.229, 0.224, 0.225)
 class TwoViews:
     """Two random views of an image and their boxes in it (Sec. 3.1).
 
-    Takes an RGB uint8 tensor [3, h, w] or a PIL image, else raises TypeError or ValueError. Returns
+    Takes uint8 RGB [3, h, w] or an 8-bit PIL image, else raises TypeError or ValueError. Returns
     view_1, view_2: float [3, size, size], normalised by MEAN and STD; box_1, box_2: [4] = (x0, y0,
     x1, y1), the crop's edges in pixels, x0 > x1 if mirrored. `scale`: the crop's share of the area.
     """
@@ -61,10 +61,10 @@ class TwoViews:
         self.colour_2 = random_colour(blur=0.1, solarize=0.2)
 
     def __call__(self, image):
-        if hasattr(image, "convert"):  # a PIL image
+        if hasattr(image, "convert") and image.mode[0] not in "IF":  # PIL, 8 bits a sample
             image = v2.functional.pil_to_tensor(image.convert("RGB"))  # [3, h, w]
         if getattr(image, "dtype", None) != torch.uint8:
-            raise TypeError(f"expected uint8 or PIL, found {getattr(image, 'dtype', type(image))}")
+            raise TypeError(f"expected uint8 or 8-bit PIL, found {getattr(image, 'dtype', image)}")
         if image.ndim != 3 or len(image) != 3:
             raise ValueError(f"expected an RGB image [3, h, w], found {list(image.shape)}")
         view_1, box_1 = self.crop(image)
@@ -79,8 +79,7 @@ class TwoViews:
             view = torch.stack(view.unbind(), 2).permute(2, 0, 1)  # [h, w, 3] -> [3, h, w]
         view = v2.functional.resize(view, [self.size] * 2)  # [3, size, size]
         top, left, height, width = crop
-        box = [left, top, left + width, top + height]
-        box = torch.tensor(box, device=image.device).float()  # [4]
+        box = torch.tensor([left, top, left + width, top + height], device=image.device).float()
         if torch.rand(()) < 0.5:
             view = view.flip(2)
             box = box[[2, 1, 0, 3]]  # x0 and x1 change places
@@ -110,7 +109,7 @@ def random_hue(view):
     # The hue in sixths of the circle: red is 0, green 2, blue 4.
     hue = torch.where(value == g, 2 + (b - r) / chroma, 4 + (r - g) / chroma)
     hue = torch.where(value == r, (g - b) / chroma, hue)
-    hue += torch.empty(()).uniform_(-0.6, 0.6)
+    hue += torch.empty(1).uniform_(-0.6, 0.6)
     # A channel is at `value` within a sixth of its hue, at `value - chroma` from two sixths on.
     distance = hue - torch.arange(0, 6, 2, device=view.device)[:, None, None]  # [3, h, w]
     distance = (distance - 6 * (distance / 6).round()).abs()  # the shorter way round
@@ -119,7 +118,7 @@ def random_hue(view):
 
 def random_blur(view):
     """Gaussian blur with sigma ~ U(0.1, 2) pixels, along the columns and then the rows."""
-    sigma = torch.empty(()).uniform_(0.1, 2.0).item()
+    sigma = torch.empty(1).uniform_(0.1, 2.0).item()
     taps = 2 * min(math.ceil(3 * sigma), view.shape[2] - 1) + 1  # few in a small view
     view = v2.functional.gaussian_blur(view, [1, taps], sigma)  # along the columns
     return v2.functional.gaussian_blur(view, [taps, 1], sigma)  # along the rows
@@ -133,10 +132,11 @@ def positive_pairs(box_1, box_2, size, threshold=0.7):
     view 2, divided by the larger of the two views' bin diagonals.
     box_1, box_2: [N, 4] = (x0, y0, x1, y1) in any unit of length, x0 > x1 in a mirrored view.
     size: (H, W) of the map. Returns bool [N, HW, HW]: rows view 1, columns view 2. Raises
-    ValueError for boxes of other shapes and for T < 0.
+    ValueError for boxes of other shapes or of 16 bits, and for T < 0.
     """
-    if box_1.shape != box_2.shape or box_1.shape[1:] != (4,):
-        raise ValueError(f"expected boxes [N, 4], found {list(box_1.shape)}, {list(box_2.shape)}")
+    if box_1.shape != box_2.shape or box_1.shape[1:] != (4,) or box_1.dtype.itemsize < 4:
+        found = f"{list(box_1.shape)}, {list(box_2.shape)}, {box_1.dtype}"
+        raise ValueError(f"expected boxes [N, 4] of 32 or 64 bits, found {found}")
     if not threshold >= 0:
         raise ValueError(f"expected threshold >= 0, found {threshold}")
     centres_1, diagonal_1 = bin_centres(box_1, size)
@@ -150,7 +150,7 @@ def positive_pairs(box_1, box_2, size, threshold=0.7):
 def bin_centres(box, size):
     """Box [N, 4] -> centres (x, y) of its H x W bins [N, HW, 2], and a bin's diagonal [N, 1]."""
     H, W = size
-    x0, y0, x1, y1 = box.float().split(1, dim=1)  # [N, 4] -> 4 of [N, 1]
+    x0, y0, x1, y1 = (box * 1.0).split(1, 1)  # floats, [N, 4] -> 4 of [N, 1]
     width = (x1 - x0) / W  # of a bin; negative in a mirrored view
     height = (y1 - y0) / H
     x = x0 + width * torch.arange(0.5, W, device=box.device)  # [N, W]
@@ -202,11 +202,11 @@ def mean_over_images(value, mask):
 
 def check_maps(x, x_prime, positives):
     """Raises an error unless x, x_prime are maps [N, C, H, W] and positives bool [N, HW, HW]."""
-    if not x.ndim == x_prime.ndim == 4 or x.shape[:2] != x_prime.shape[:2]:
+    if x.ndim != 4 or x.shape != x_prime.shape:
         raise ValueError(f"expected [N, C, H, W], found {list(x.shape)}, {list(x_prime.shape)}")
-    pairs = len(x), x.shape[2:].numel(), x_prime.shape[2:].numel()  # [N, HW, HW]
-    if positives.shape != pairs:
-        raise ValueError(f"expected {list(pairs)} for the maps, found {list(positives.shape)}")
+    HW = x.shape[2:].numel()
+    if positives.shape != (len(x), HW, HW):
+        raise ValueError(f"expected {[len(x), HW, HW]} for the maps, found {list(positives.shape)}")
     if positives.dtype != torch.bool:
         raise TypeError(f"expected positives of torch.bool, found {positives.dtype}")
 
@@ -274,7 +274,7 @@ class Backbone(nn.Module):
 
     The map is [N, out_channels, H, W]. `body` is the network, under torchvision's names; residual
     blocks of ResNets start at zero (authors' code). Raises ValueError for an unknown arch or layer,
-    and for a layer that is no map or leaves weights of `body` unused.
+    and for a layer that is no map or leaves weights of `body` unused. A deep copy is in train mode.
     """
 
     def __init__(self, arch="resnet50", layer="layer4"):
@@ -317,11 +317,10 @@ class Heads(models.detection.backbone_utils.BackboneWithFPN):
         if arch not in models.list_models(models, include="*resne*"):
             raise ValueError(f"expected a ResNet of torchvision, found {arch!r}")
         network = models.get_model(arch, weights=None, zero_init_residual=True)
-        layers = {"layer2": "0", "layer3": "1", "layer4": "2"}
         channels = [network.inplanes // k for k in (4, 2, 1)]
-        p6_p7 = ops.feature_pyramid_network.LastLevelP6P7(256, 256)
-        super().__init__(network, layers, channels, 256, p6_p7)
-        p6_p7.p7.requires_grad_(False)  # P7 is not trained
+        top = ops.feature_pyramid_network.LastLevelP6P7(256, 256)
+        super().__init__(network, {"layer2": "0", "layer3": "1", "layer4": "2"}, channels, 256, top)
+        top.p7.requires_grad_(False)  # P7 is not trained
         self.tower = models.detection.fcos.FCOSClassificationHead(256, 1, 1, num_convs=3).conv
 
     def forward(self, image):
@@ -343,6 +342,8 @@ def ema_update(online, momentum, m):
     if not 0 <= m <= 1:
         raise ValueError(f"expected m in [0, 1], found {m}")
     for p, p_prime in zip(online.parameters(), momentum.parameters(), strict=True):
+        if p_prime.dtype.itemsize < 4:  # rounding would swallow the small steps
+            raise ValueError(f"expected weights of 32 bits (and autocast), found {p_prime.dtype}")
         p_prime.lerp_(p, 1 - m)
 
 
@@ -357,8 +358,7 @@ class Output(NamedTuple):
 
 def feature_spread(x):
     """Standard deviation of the unit vectors x_i / |x_i|, times sqrt(C): [N, C, H, W] -> scalar."""
-    unit = F.normalize(x.float())  # over C, [N, C, H, W]
-    deviation = unit.std((0, 2, 3), correction=0)  # [C]
+    deviation = F.normalize(x.float()).std((0, 2, 3), correction=0)  # [N, C, H, W] -> [C]
     return deviation.mean() * len(deviation) ** 0.5
 
 
@@ -399,13 +399,13 @@ class PixPro(nn.Module):
         self.projector = projection_head(backbone.out_channels, hidden_dim, dim)
         if objective == "pixpro":
             self.propagation = PixelPropagation(dim, gamma, num_layers)
-        self.momentum_backbone = copy.deepcopy(backbone).requires_grad_(False)
+        self.momentum_backbone = copy.deepcopy(backbone).requires_grad_(False)  # load weights first
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
         if instance_weight:
             self.instance_projector = projection_head(backbone.out_channels, hidden_dim, dim)
             self.instance_predictor = projection_head(dim, hidden_dim, dim)
-            self.momentum_instance_projector = copy.deepcopy(self.instance_projector)
-            self.momentum_instance_projector.requires_grad_(False)
+            projector = copy.deepcopy(self.instance_projector)
+            self.momentum_instance_projector = projector.requires_grad_(False)
 
     def update_momentum(self, m):
         """Moves the momentum encoder towards the online encoder; call it before each forward."""

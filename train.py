@@ -222,7 +222,12 @@ def open_data(args):
     if len(images) == 0:
         raise ValueError(f"expected images below {args.data!r}, found none; left out: {left_out}")
     args.images = len(images)
-    args.file_names = zlib.crc32(np.asarray(images).tobytes())
+    args.files = zlib.crc32(np.asarray(images).tobytes())
+    # Frames of two films may share all names, but not all sizes. Some of them tell.
+    for name in images[:: len(images) // 100 + 1] if args.data else ():
+        path = os.path.join(args.data, os.fsdecode(name))
+        size = os.path.exists(path) and os.path.getsize(path)
+        args.files = zlib.crc32(b"%d" % size, args.files)
     return images, left_out
 
 
@@ -328,7 +333,7 @@ def load_checkpoint(out, settings):
     """last.pt, or the start of a run. Raises ValueError if out has another run's files."""
     path = out / "last.pt"
     if not path.exists():
-        if (out / "backbone.pt").exists() or (out / "features.png").exists():
+        if any(out.glob("backbone*.pt")) or (out / "features.png").exists():
             raise ValueError(f"expected last.pt beside the results in {out}, found none")
         return {"step": 0, "metrics_size": 0}
     try:
@@ -465,7 +470,7 @@ def main(argv=None):
     if rank == 0:
         start_log(args, left_out, step, checkpoint["metrics_size"])
     outputs = []
-    recorded = saved = time.monotonic()
+    recorded, saved = time.monotonic(), -math.inf  # the first checkpoint comes at once
     for batch in loader:
         batch = [tensor.to(device, non_blocking=True) for tensor in batch]
         torch.manual_seed(seed_of(args.seed, step, rank))  # of dropout
@@ -498,7 +503,7 @@ def main(argv=None):
 
     # Finish. features.png is written last: with it the run is complete.
     if rank == 0:
-        if not (out / "features.png").exists():
+        if not (out / "features.png").exists() or not (out / "backbone.pt").exists():
             finish(args, samples, initial.to(device), model.backbone)
         print(f"complete: {args.steps} steps, in {out}")
         held.close()
@@ -584,10 +589,11 @@ def fitted(backbone, images, size):
 
 @torch.no_grad()
 def frozen_features(backbone, images):
-    """Maps [N, C, H, W] of images uint8 [N, 3, h, w] in eval mode; the first map of a dict."""
+    """Maps [N, C, H, W] of uint8 images (or floats in [0, 1]) in eval mode; the first of a dict."""
     backbone = copy.deepcopy(backbone).eval()  # a copy, so that the original keeps its mode
     images = images.to(next(backbone.parameters()).device)
-    views = v2.functional.normalize(images / 255, MEAN, STD)
+    views = v2.functional.to_dtype(images, torch.float32, scale=True)
+    views = v2.functional.normalize(views, MEAN, STD)
     maps = []
     for batch in views.split(32):
         features = backbone(batch)

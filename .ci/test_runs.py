@@ -1,4 +1,7 @@
-"""Whole runs of train.py: flags, refusals, kills, full disks, ranks, and every kind of network."""
+"""Whole runs of train.py: flags, refusals, kills, full disks, ranks, and every kind of network.
+
+With OMP_NUM_THREADS=1: forked processes wait for ever for threads that they do not have.
+"""
 
 import argparse
 import fnmatch
@@ -44,10 +47,10 @@ def run(out, *flags):
     train.main([*SMALL, "--out", str(out), *map(str, flags)])
 
 
-def write_images(folder, numbers):
+def write_images(folder, numbers, height=40):
     folder.mkdir(parents=True)
     for number in numbers:
-        pixels = np.random.default_rng(number).integers(0, 256, (40, 30 + number, 3))
+        pixels = np.random.default_rng(number).integers(0, 256, (height, 30 + number, 3))
         PIL.Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
 
 
@@ -147,8 +150,10 @@ def test_a_demo_run_writes_everything(tmp_path, capsys):
     before = contents(tmp_path)
     assert before.keys() == files | {"metrics.jsonl", "features.png"}
     assert before["backbone-2.pt"] == before["backbone.pt"] != before["backbone-1.pt"]
-    run(tmp_path, *flags[:-1], 5)  # nothing is left to do
-    assert contents(tmp_path) == before
+    (tmp_path / "backbone.pt").unlink()
+    for _ in range(2):  # the second time nothing is left to do
+        run(tmp_path, *flags[:-1], 5)
+        assert contents(tmp_path) == before
 
     model, heads = torch.load(tmp_path / "last.pt")["model"], torch.load(tmp_path / "heads.pt")
     assert all(torch.equal(w, model[f"backbone.{name}"]) for name, w in heads.items())
@@ -260,18 +265,21 @@ REFUSED = [
     ("--out {tmp}/link/runs/a", "expected --out outside of --data"),
     ("--out {tmp}/none/table.csv", "File exists"),
     ("--out {tmp}/results", "expected last.pt beside the results in"),
+    ("--out {tmp}/kept", "expected last.pt beside the results in"),
     ("--gamma 1 --seed 3", "gamma was 2.0, is 1.0; seed was 0, is 3"),
-    ("--data {tmp}/renamed", "file_names was "),
+    ("--data {tmp}/renamed", "files was "),
+    ("--data {tmp}/others", "files was "),
 ]
 
 
 @pytest.mark.parametrize("flags, words", REFUSED)
 def test_a_refusal_writes_nothing(images, whole, tmp_path, capsys, flags, words):
-    for name in ("none/table.csv", "results/features.png"):
+    for name in ("none/table.csv", "results/features.png", "kept/backbone-3.pt"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).touch()
     (tmp_path / "link").symlink_to(images)
     write_images(tmp_path / "renamed", range(1, 13))
+    write_images(tmp_path / "others", range(12), height=41)
     folders = (tmp_path, images, whole)
     before = [sorted(folder.rglob("*")) for folder in folders], contents(whole)
     flags = flags.format(tmp=tmp_path, data=images, new=tmp_path / "new").split()
@@ -421,7 +429,7 @@ def run_ranks(log, function, *arguments):
 # What one rank has besides the flags of both, and words of the refusal.
 UNEQUAL = {
     "--data {}/fewer": "expected the same images on all ranks, found [",
-    "--data {}/renamed": "expected the same file_names on all ranks, found [",
+    "--data {}/renamed": "expected the same files on all ranks, found [",
     "--data {}/nowhere": "[Errno 2] No such file or directory",
     "--gamma 3": "expected the same gamma on all ranks, found [",
     "--out {}/old": "expected the same step on all ranks, found [",
