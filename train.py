@@ -223,7 +223,7 @@ def open_data(args):
         raise ValueError(f"expected images below {args.data!r}, found none; left out: {left_out}")
     args.images = len(images)
     args.files = zlib.crc32(np.asarray(images).tobytes())
-    # Frames of two films may share all names, but not all sizes. Some of them tell.
+    # Two folders of numbered files have the same names. The sizes of some tell them apart.
     for name in images[:: len(images) // 100 + 1] if args.data else ():
         path = os.path.join(args.data, os.fsdecode(name))
         size = os.path.exists(path) and os.path.getsize(path)
