@@ -98,8 +98,7 @@ def draw_labels():
             for n in labels:
                 ax.plot([n] * len(points[n]), points[n], style[-1], color=colour, markersize=4)
             mean = [np.mean(points[n]) for n in labels]
-            label = None if prefix else name
-            ax.plot(labels, mean, style, color=colour, linewidth=width, label=label)
+            ax.plot(labels, mean, style, color=colour, lw=width, label="" if prefix else name)
     ax.set(xscale="log", xlabel="labelled photographs", ylabel="fine-tuned, mIoU in percent")
     ax.set_xticks((12, 25, 50, 99), (12, 25, 50, 99))
     ax.minorticks_off()
@@ -122,10 +121,9 @@ def draw_steps():
     for name, colour, style, words in CURVES[:2]:
         of_this = [run for run in runs if re.fullmatch(rf"(long-)?{words}-\d", run)]
         for number, run in enumerate(of_this):
-            steps = sorted(runs[run])
+            steps, values = zip(*sorted(runs[run].items()))
             width = 3 if run.startswith("long") else 1.2
             label = name if number == 0 else None
-            values = [runs[run][n] for n in steps]
             ax.plot(steps, values, style, color=colour, linewidth=width, label=label)
     name, colour, _, _ = CURVES[2]
     ax.axhline(np.mean(random), linestyle="--", color=colour, label=name)
