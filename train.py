@@ -592,7 +592,7 @@ def frozen_features(backbone, images):
     """Maps [N, C, H, W] of uint8 images (or floats in [0, 1]) in eval mode; the first of a dict."""
     backbone = copy.deepcopy(backbone).eval()  # a copy, so that the original keeps its mode
     images = images.to(next(backbone.parameters()).device)
-    views = v2.functional.to_dtype(images, torch.float32, scale=True)
+    views = images / 255 if images.dtype == torch.uint8 else images
     views = v2.functional.normalize(views, MEAN, STD)
     maps = []
     for batch in views.split(32):
