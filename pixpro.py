@@ -63,8 +63,8 @@ class TwoViews:
     def __call__(self, image):
         if hasattr(image, "convert") and image.mode[0] not in "IF":  # PIL, 8 bits a sample
             image = v2.functional.pil_to_tensor(image.convert("RGB"))  # [3, h, w]
-        if getattr(image, "dtype", None) != torch.uint8:
-            raise TypeError(f"expected uint8 or 8-bit PIL, found {getattr(image, 'dtype', image)}")
+        if (kind := getattr(image, "dtype", image)) != torch.uint8:
+            raise TypeError(f"expected a tensor of torch.uint8 or 8-bit PIL, found {kind}")
         if image.ndim != 3 or len(image) != 3:
             raise ValueError(f"expected an RGB image [3, h, w], found {list(image.shape)}")
         view_1, box_1 = self.crop(image)
@@ -141,7 +141,7 @@ def positive_pairs(box_1, box_2, size, threshold=0.7):
         raise ValueError(f"expected threshold >= 0, found {threshold}")
     centres_1, diagonal_1 = bin_centres(box_1, size)
     centres_2, diagonal_2 = bin_centres(box_2, size)
-    larger_diagonal = torch.maximum(diagonal_1, diagonal_2)[:, :, None]  # [N, 1] -> [N, 1, 1]
+    larger_diagonal = torch.maximum(diagonal_1, diagonal_2)[..., None]  # [N, 1] -> [N, 1, 1]
     # [N, HW, HW]. The default of cdist squares and subtracts, which is too coarse near T.
     distance = torch.cdist(centres_1, centres_2, compute_mode="donot_use_mm_for_euclid_dist")
     return distance <= threshold * larger_diagonal  # Eq. 1
@@ -155,7 +155,7 @@ def bin_centres(box, size):
     height = (y1 - y0) / H
     x = x0 + width * torch.arange(0.5, W, device=box.device)  # [N, W]
     y = y0 + height * torch.arange(0.5, H, device=box.device)  # [N, H]
-    grid = torch.broadcast_tensors(x[:, None], y[:, :, None])  # [N, H, W] each
+    grid = torch.broadcast_tensors(x[:, None], y[..., None])  # [N, H, W] each
     centres = torch.stack(grid, 3).flatten(1, 2)  # [N, H, W, 2] -> [N, HW, 2]
     return centres, torch.hypot(width, height)
 
@@ -177,7 +177,7 @@ def pixcontrast_loss(x, x_prime, positives, temperature=0.3):
     logits = pixel_cosine(x, x_prime.detach()) / temperature  # [N, HW, HW]
     # Rows without positives stay unmasked, so their loss is 0 and not NaN; the mean skips them.
     has_positive = positives.any(2)  # [N, HW, HW] -> [N, HW]
-    masked = ~positives & has_positive[:, :, None]  # [N, HW, HW]
+    masked = ~positives & has_positive[..., None]  # [N, HW, HW]
     log_positive = logits.masked_fill(masked, -math.inf).logsumexp(2)  # [N, HW, HW] -> [N, HW]
     log_all = logits.logsumexp(2)  # [N, HW, HW] -> [N, HW]
     return mean_over_images(log_all - log_positive, has_positive)  # Eq. 2
@@ -197,7 +197,7 @@ def mean_over_images(value, mask):
     count = mask.flatten(1).sum(1)  # [N, ...] -> [N]
     total = (value * mask).flatten(1).sum(1)  # [N, ...] -> [N]
     mean = total / count.clamp(min=1)
-    return mean.sum() / (count > 0).sum().clamp(min=1)
+    return mean.sum() / count.count_nonzero().clamp(min=1)
 
 
 def check_maps(x, x_prime, positives):
@@ -372,8 +372,8 @@ class PixPro(nn.Module):
             loss.backward()
             optimizer.step()
 
-    backbone: an nn.Module with `out_channels` that returns a map [N, out_channels, H, W]. dim: C.
-    objective: "pixpro" (Eq. 5) or "pixcontrast" (Eq. 2, no PPM); another one raises ValueError.
+    backbone: an nn.Module, weights loaded, with `out_channels`; returns [N, out_channels, H, W].
+    dim: C. objective: "pixpro" (Eq. 5), "pixcontrast" (Eq. 2, no PPM); others raise ValueError.
     """
 
     def __init__(
@@ -395,7 +395,7 @@ class PixPro(nn.Module):
         self.instance_weight = instance_weight
         self.objective = objective
         self.temperature = temperature
-        self.backbone = backbone
+        self.backbone = backbone.train()
         self.projector = projection_head(backbone.out_channels, hidden_dim, dim)
         if objective == "pixpro":
             self.propagation = PixelPropagation(dim, gamma, num_layers)

@@ -8,6 +8,7 @@ The same command continues a run that was stopped, bit for bit on a CPU.
 """
 
 import argparse
+import ast
 import collections
 import contextlib
 import copy
@@ -58,6 +59,7 @@ def number(kind, least, most=1e12):
             raise argparse.ArgumentTypeError(f"expected {least} to {most:g}, found {text}")
         return kind(text)
 
+    number.__name__ = kind.__name__  # argparse names it
     return number
 
 
@@ -116,7 +118,15 @@ def parse(argv):
     if recipe == "demo":  # what stands in the namespace goes before the defaults
         args = parser.parse_args(argv, argparse.Namespace(**DEMO))
     args.out = args.out or Path("runs", recipe)
+    args.code = digest_of_code()
     return args
+
+
+def digest_of_code():
+    """A number that changes with the code here and in pixpro.py, but not with its comments."""
+    files = [Path(__file__), Path(__file__).with_name("pixpro.py")]
+    trees = [ast.dump(ast.parse(file.read_bytes())) for file in files]
+    return zlib.crc32("".join(trees).encode())
 
 
 def refuse(reason):
@@ -333,7 +343,9 @@ def load_checkpoint(out, settings):
     """last.pt, or the start of a run. Raises ValueError if out has another run's files."""
     path = out / "last.pt"
     if not path.exists():
-        if any(out.glob("backbone*.pt")) or (out / "features.png").exists():
+        metrics = out / "metrics.jsonl"
+        records = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+        if records > 1 or any(out.glob("*.pt")) or (out / "features.png").exists():
             raise ValueError(f"expected last.pt beside the results in {out}, found none")
         return {"step": 0, "metrics_size": 0}
     try:
@@ -344,7 +356,8 @@ def load_checkpoint(out, settings):
         raise ValueError(f"expected a checkpoint of train.py, found {found}") from error
     changes = [f"{k} was {old.get(k)}, is {v}" for k, v in settings.items() if old.get(k) != v]
     if changes:
-        raise ValueError(f"expected the settings of {path}, but {'; '.join(changes)}")
+        wanted = f"the settings of {path}, or another --out"
+        raise ValueError(f"expected {wanted}; found: {'; '.join(changes)}")
     return checkpoint
 
 
@@ -438,7 +451,7 @@ def main(argv=None):
         model = kind(copy.deepcopy(initial), **{name: getattr(args, name) for name in MODEL})
         try_network(model, share, args.size)
 
-        # Resume. What is not in last.pt is a function of the settings and the step.
+        # Resume. What is not in last.pt is a function of settings, code and step.
         args.lr = args.lr or args.batch / 256
         args.amp = auto_amp(device) if args.amp == "auto" else args.amp
         settings = {name: value for name, value in vars(args).items() if name not in FREE}
@@ -503,8 +516,7 @@ def main(argv=None):
 
     # Finish. features.png is written last: with it the run is complete.
     if rank == 0:
-        if not (out / "features.png").exists() or not (out / "backbone.pt").exists():
-            finish(args, samples, initial.to(device), model.backbone)
+        finish(args, samples, initial.to(device), model.backbone)
         print(f"complete: {args.steps} steps, in {out}")
         held.close()
     if "RANK" in os.environ:
@@ -554,7 +566,13 @@ def auto_amp(device):
 
 # ------------------------------------ Appendix: probe, picture ------------------------------------
 def finish(args, samples, initial, trained):
-    """Writes the weights; then compares them with the first ones and draws features.png."""
+    """Writes the weights; then compares them with the first ones and draws features.png.
+
+    Where all this is there already, nothing is done.
+    """
+    names = ["features.png", "backbone.pt"] + ["heads.pt"] * args.heads
+    if all((args.out / name).exists() for name in names):
+        return
     if args.heads:
         save(args.out / "heads.pt", weights_of(trained))
     save(args.out / "backbone.pt", weights_of(trained.body))
@@ -589,10 +607,16 @@ def fitted(backbone, images, size):
 
 @torch.no_grad()
 def frozen_features(backbone, images):
-    """Maps [N, C, H, W] of uint8 images (or floats in [0, 1]) in eval mode; the first of a dict."""
+    """Maps [N, C, H, W] of uint8 images (or floats in [0, 1]) in eval mode; the first of a dict.
+
+    Raises ValueError for other values.
+    """
     backbone = copy.deepcopy(backbone).eval()  # a copy, so that the original keeps its mode
     images = images.to(next(backbone.parameters()).device)
     views = images / 255 if images.dtype == torch.uint8 else images
+    if not 0 <= views.min() <= views.max() <= 1:
+        found = f"{views.min():g} to {views.max():g}"
+        raise ValueError(f"expected uint8 images or floats in [0, 1], found {found}")
     views = v2.functional.normalize(views, MEAN, STD)
     maps = []
     for batch in views.split(32):
@@ -616,7 +640,8 @@ def linear_probe(backbone, images, masks, test_images, test_masks, ignore=255):
     """Mean IoU in percent of a 1x1 convolution on frozen features, fitted by ridge regression.
 
     images: uint8 [N, 3, h, w]; masks: [N, h, w], numbers of classes. The test, at full resolution,
-    is on the others. Pixels of the label `ignore` count neither in the fit nor in the test.
+    is on the others. Pixels of the label `ignore` count neither in the fit nor in the test. Raises
+    ValueError for masks of one class or of other shapes, and for features that are not finite.
     """
     # Features with a channel of ones, whose weight is the bias
     x, test = [
@@ -627,6 +652,9 @@ def linear_probe(backbone, images, masks, test_images, test_masks, ignore=255):
     # Regression of each class's share of a cell. A cell weighs as much as it has counted pixels.
     counted = masks != ignore  # [N, h, w]
     classes = masks[counted].unique()  # [K]
+    if len(classes) < 2 or masks.is_floating_point():
+        found = f"{classes[:9].tolist()} beside {ignore}"
+        raise ValueError(f"expected two whole numbers of classes or more, found {found}")
     parts = torch.stack([counted, *[masks == number for number in classes]], 1).float()
     shares = F.adaptive_avg_pool2d(parts, x.shape[2:]).to(x.device)  # [N, 1 + K, H, W]
     x = x.transpose(0, 1).flatten(1)  # [N, C + 1, H, W] -> [C + 1, NHW]
@@ -634,6 +662,8 @@ def linear_probe(backbone, images, masks, test_images, test_masks, ignore=255):
     gram = (x * shares[0]) @ x.T  # [C + 1, C + 1]
     gram.diagonal().mul_(1.0001).add_(1e-6)  # ridge: 0.01%, and 1e-6 for channels of zeros
     weight = torch.linalg.solve(gram, x @ shares[1:].T).T  # [C + 1, K] -> [K, C + 1]
+    if not weight.isfinite().all():
+        raise ValueError("expected finite features, found others")
 
     logits = F.conv2d(test, weight[:, :, None, None])  # [N, C + 1, H, W] -> [N, K, H, W]
     logits = F.interpolate(logits, test_masks.shape[1:], mode="bilinear")  # [N, K, h, w]
@@ -644,6 +674,8 @@ def linear_probe(backbone, images, masks, test_images, test_masks, ignore=255):
 
 def mean_iou(predicted, masks, classes, ignore=255):
     """Mean IoU in percent over the numbers below `classes` that are present or predicted."""
+    if predicted.shape != masks.shape:
+        raise ValueError(f"expected masks {list(predicted.shape)}, found {list(masks.shape)}")
     counted = masks != ignore
     ious = []
     for number in range(classes):

@@ -51,9 +51,8 @@ for gamma, layers in ((2.0, 1), (1.0, 0)):
 
 
 def base_encoder(**options):
-    return nn.Sequential(
-        nn.Conv2d(3, 2048, 8, stride=8, bias=False), nn.BatchNorm2d(2048), nn.ReLU()
-    )
+    convolution = nn.Conv2d(3, 2048, 8, stride=8, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(2048), nn.ReLU())
 
 
 def model(steps):
@@ -85,20 +84,17 @@ for step in range(100):
         print(f"m at step {step}: {1 - p_k.flatten()[0].item():.7f}")
 
 w, b, z = (nn.Parameter(p) for p in (wave(5, 7, a=0.9), wave(7, a=0.4), torch.zeros(3, 3)))
-groups = [
-    {"params": [b], "weight_decay": 0, "ignore": True},
-    {"params": [w, z], "weight_decay": 1e-2, "ignore": False},
-]
-optimizer = LARS(torch.optim.SGD(groups, lr=0.3, momentum=0.9))
+vectors = {"params": [b], "weight_decay": 0, "ignore": True}
+matrices = {"params": [w, z], "weight_decay": 1e-2, "ignore": False}
+optimizer = LARS(torch.optim.SGD([vectors, matrices], lr=0.3, momentum=0.9))
 for t in range(3):
     w.grad, b.grad = wave(5, 7, a=0.31, b=t), wave(7, a=0.71, b=t)
     z.grad = torch.full((3, 3), float(t > 0))
     optimizer.step()
 print("LARS:", w.flatten()[:6].tolist(), b.tolist(), z[0, 0].item())
 
-schedule = SimpleNamespace(
-    lr_scheduler="cosine", epochs=20, warmup_epoch=5, warmup_multiplier=100, lr_decay_rate=0.1
-)
+schedule = SimpleNamespace(lr_scheduler="cosine", epochs=20, warmup_epoch=5)
+schedule.warmup_multiplier, schedule.lr_decay_rate = 100, 0.1
 optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=4.0)
 scheduler = get_scheduler(optimizer, 10, schedule)
 for step in range(200):

@@ -12,7 +12,6 @@ import re
 import resource
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from timeit import timeit
 from types import SimpleNamespace
@@ -54,7 +53,6 @@ COLOURS = {  # of LabelMeFacade's labels; all other pixels are "various" and do 
     "vegetation": (0, 128, 0),
     "window": (0, 0, 128),
 }
-RELATIVES = {"densecl": "DenseCL", "vader": "VADeR", "mcl": "MCL"}  # in the notebook
 
 
 def optimizer_of(model, name):
@@ -179,7 +177,8 @@ def relatives(method, optimizer, rate, steps, folder, out):
     """
     steps, out = int(steps), Path(out)
     out.mkdir(parents=True)
-    kind = tutorial("imports", "relatives")[RELATIVES[method]]
+    name = {"densecl": "DenseCL", "vader": "VADeR", "mcl": "MCL"}[method]
+    kind = tutorial("imports", "relatives")[name]
     torch.manual_seed(0)
     model = kind(Backbone("resnet18", "layer3")) if method == "densecl" else kind()
     network = model.online["backbone" if method == "densecl" else "fpn"].body
@@ -235,8 +234,6 @@ def crops(count=20_000):
     for name, pixels in (("in both views", in_both), ("with a positive", A.any(2))):
         shares = 100 * pixels.float().mean(1)  # [N]
         print(f"{name}: {shares.mean():.2f} ± {shares.std() / count**0.5:.2f} % of the pixels")
-    share = 100 * A.any(2)[in_both].float().mean()
-    print(f"with a positive, of those in both views: {share:.2f} %")
 
 
 def maps(side, images, kind="ImageByImage"):
@@ -269,7 +266,7 @@ def views(folder):
     """Images a second on one core: two views of 224 x 224, decoding included."""
     paths = [str(path) for path in sorted(Path(folder).rglob("*.jpg"))[:200]]
     samples = train.Samples(paths, TwoViews(224), 0, folder="")
-    seconds = [timeit(partial(samples.__getitem__, n), number=1) for n in range(5 * len(paths))]
+    seconds = [timeit(lambda n=n: samples[n], number=1) for n in range(5 * len(paths))]
     print(f"{len(paths) / np.median(np.reshape(seconds, (5, -1)).sum(1)):.0f} images/s")
 
 

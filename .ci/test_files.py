@@ -335,6 +335,21 @@ def test_probe_does_not_depend_on_the_numbers_of_the_classes():
         assert train.linear_probe(nn.Conv2d(3, 3, 1), fit, *part) == pytest.approx(50)
 
 
+def test_probe_refuses_what_would_look_like_a_result():
+    images, masks = revealed(train.Scenes(2, size=48).masks % 2)
+    network, nan = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+    nn.init.constant_(nan.weight, np.nan)
+    for words, *arguments in (
+        ("beside 255", network, images, 255 * masks, images, masks),  # one class is ignored
+        ("two whole numbers", network, images, masks / 2, images, masks),
+        ("finite features", nan, images, masks, images, masks),
+        (r"in \[0, 1\], found 0 to 255", network, images.float(), masks, images, masks),
+        ("expected masks", network, images, masks, images, masks[:1]),
+    ):
+        with pytest.raises(ValueError, match=words):
+            train.linear_probe(*arguments)
+
+
 def test_probe_ignores_a_label():
     images, masks = revealed(train.Scenes(8, size=48).masks % 3)
     ignored = torch.zeros_like(masks, dtype=torch.bool)

@@ -34,6 +34,8 @@ SUBMISSIONS = [
     ("return slow_consistency(y, x_prime, positives)", "", "failed  expected a body of its own"),
     (f"breakpoint(); {RIGHT}", "", "failed  test_eq5_form"),
     ("raise NotImplementedError", "", "open"),
+    (f"{RIGHT}\n    raise NotImplementedError", "", "passed"),
+    (RIGHT, "def lr_at(step): pass", "failed  expected pixpro.py or train.py, found both in one"),
     (f"{RIGHT}\n  x", "", "failed  cannot be read: unindent does not match"),
 ]
 
@@ -48,11 +50,13 @@ def test_passed_needs_every_report_and_nothing_of_the_shell_counts(tmp_path):
         text = SOURCE.replace("import math\n", f"import math\n{top}\n")
         text = text.replace(EQ5, f"    {line}\n")
         (tmp_path / f"{number:02}.py").write_text(text, "utf-8")
+    (tmp_path / "exported.ipynb").touch()
     shell = {"FORCE_COLOR": "1", "PYTEST_ADDOPTS": "--no-summary -k eq1", "PYTHONWARNINGS": "error"}
     options = ["--timeout", 6, "--csv", tmp_path / "t.csv", "--gradescope", tmp_path / "t.json"]
     done = run("grade", tmp_path, "--only", "eq5", *options, **shell)
     assert done.returncode == 1, done.stderr
     assert "(ignored in 01.py: os._exit(0))" in done.stdout
+    assert done.stdout.endswith("(not graded: files of .ipynb)\n")
     rows = list(csv.DictReader((tmp_path / "t.csv").read_text().splitlines()))
     scores = [test["score"] for test in json.loads((tmp_path / "t.json").read_text())["tests"]]
     for row, score, (line, _, verdict) in zip(rows, scores, SUBMISSIONS, strict=True):

@@ -150,8 +150,8 @@ def test_a_demo_run_writes_everything(tmp_path, capsys):
     before = contents(tmp_path)
     assert before.keys() == files | {"metrics.jsonl", "features.png"}
     assert before["backbone-2.pt"] == before["backbone.pt"] != before["backbone-1.pt"]
-    (tmp_path / "backbone.pt").unlink()
-    for _ in range(2):  # the second time nothing is left to do
+    for name in ("backbone.pt", "heads.pt", "lock"):  # the last time nothing is left to do
+        (tmp_path / name).unlink()
         run(tmp_path, *flags[:-1], 5)
         assert contents(tmp_path) == before
 
@@ -238,7 +238,7 @@ def test_flags_have_the_papers_values_and_the_demos(monkeypatch):
     paper, demo = train.parse(["--data", "images"]), train.parse([])
     values = {"arch": "resnet50", "layer": "layer4", "size": 224, "batch": 1024, "epochs": 100}
     values |= {"crop_scale": 0.08, "ema_momentum": 0.99, "gamma": 2, "threshold": 0.7}
-    values |= {"out": Path("runs/paper"), "workers": 3}  # of six usable cores
+    values |= {"warmup_epochs": 5, "lr": None, "out": Path("runs/paper"), "workers": 3}  # of six
     assert values.items() <= vars(paper).items()
     values |= train.DEMO | {"out": Path("runs/demo")}
     assert values.items() <= vars(demo).items()
@@ -250,6 +250,7 @@ def test_flags_have_the_papers_values_and_the_demos(monkeypatch):
 REFUSED = [
     ("--obj pixpro", "unrecognized arguments: --obj"),
     ("--batch 0", "argument --batch: expected 1 to 1e+12, found 0"),
+    ("--steps 1e4", "argument --steps: invalid int value: '1e4'"),
     ("--lr nan", "argument --lr: expected 1e-09 to 1e+12, found nan"),
     ("--crop-scale 1.1", "argument --crop-scale: expected 1e-09 to 1, found 1.1"),
     ("--out {new} --arch resnet19", "classification network of torchvision, found 'resnet19'"),
@@ -264,9 +265,10 @@ REFUSED = [
     ("--out {new} --data {tmp}/none", "none', found none; left out: 1 .csv"),
     ("--out {tmp}/link/runs/a", "expected --out outside of --data"),
     ("--out {tmp}/none/table.csv", "File exists"),
-    ("--out {tmp}/results", "expected last.pt beside the results in"),
+    ("--out {tmp}/drawn", "expected last.pt beside the results in"),
     ("--out {tmp}/kept", "expected last.pt beside the results in"),
-    ("--gamma 1 --seed 3", "gamma was 2.0, is 1.0; seed was 0, is 3"),
+    ("--out {tmp}/log", "expected last.pt beside the results in"),
+    ("--gamma 1 --seed 3", "or another --out; found: gamma was 2.0, is 1.0; seed was 0, is 3"),
     ("--data {tmp}/renamed", "files was "),
     ("--data {tmp}/others", "files was "),
 ]
@@ -274,9 +276,9 @@ REFUSED = [
 
 @pytest.mark.parametrize("flags, words", REFUSED)
 def test_a_refusal_writes_nothing(images, whole, tmp_path, capsys, flags, words):
-    for name in ("none/table.csv", "results/features.png", "kept/backbone-3.pt"):
+    for name in ("none/table.csv", "drawn/features.png", "kept/heads.pt", "log/metrics.jsonl"):
         (tmp_path / name).parent.mkdir()
-        (tmp_path / name).touch()
+        (tmp_path / name).write_text("{}\n{}\n")
     (tmp_path / "link").symlink_to(images)
     write_images(tmp_path / "renamed", range(1, 13))
     write_images(tmp_path / "others", range(12), height=41)
@@ -287,16 +289,22 @@ def test_a_refusal_writes_nothing(images, whole, tmp_path, capsys, flags, words)
     assert ([sorted(folder.rglob("*")) for folder in folders], contents(whole)) == before
 
 
+def test_other_code_is_another_run(images, whole, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
+    for changed, line in (("train.py", "x = 1"), ("pixpro.py", "x = 1"), ("pixpro.py", "# x")):
+        for name in ("train.py", "pixpro.py"):
+            shutil.copy(HERE / name, tmp_path)
+        with open(tmp_path / changed, "a") as file:
+            file.write(line)
+        if line == "x = 1":
+            assert_refused(capsys, "code was ", whole, "--data", images, "--steps", 6)
+    run(whole, "--data", images, "--steps", 6)  # a comment changes nothing
+
+
 def test_what_is_no_checkpoint_is_refused(whole, tmp_path):
     path, last = tmp_path / "last.pt", torch.load(whole / "last.pt")
-    for other in (
-        {"epoch": 3},
-        last["model"],
-        last | {"step": re.compile("")},
-        "text",
-        b"half",
-        b"",
-    ):
+    with_code = last | {"step": re.compile("")}
+    for other in ({"epoch": 3}, last["model"], with_code, "text", b"half", b""):
         torch.save(other, path)
         if isinstance(other, bytes):
             path.write_bytes((whole / "last.pt").read_bytes()[: 1000 * len(other)])
@@ -544,7 +552,8 @@ def test_every_kind_of_network_trains_from_its_least_size_on(family):
     """One step; README's table has the side of the map; and with_blocks_on leaves no block off."""
     arch, layer, least = FAMILIES[family]
     torch.manual_seed(0)
-    model = PixPro(Backbone(arch, layer), hidden_dim=8)
+    model = PixPro(Backbone(arch, layer).eval(), hidden_dim=8)
+    assert all(module.training for module in model.modules())
     train.try_network(model, 2, least)
     with pytest.raises((RuntimeError, ValueError)):
         train.try_network(model, 2, least - 1)
