@@ -654,7 +654,7 @@ def linear_probe(backbone, images, masks, test_images, test_masks, ignore=255):
     classes = masks[counted].unique()  # [K]
     if len(classes) < 2 or masks.is_floating_point():
         found = f"{classes[:9].tolist()} beside {ignore}"
-        raise ValueError(f"expected two whole numbers of classes or more, found {found}")
+        raise ValueError(f"expected integers of two classes or more, found {found}")
     parts = torch.stack([counted, *[masks == number for number in classes]], 1).float()
     shares = F.adaptive_avg_pool2d(parts, x.shape[2:]).to(x.device)  # [N, 1 + K, H, W]
     x = x.transpose(0, 1).flatten(1)  # [N, C + 1, H, W] -> [C + 1, NHW]
@@ -663,7 +663,7 @@ def linear_probe(backbone, images, masks, test_images, test_masks, ignore=255):
     gram.diagonal().mul_(1.0001).add_(1e-6)  # ridge: 0.01%, and 1e-6 for channels of zeros
     weight = torch.linalg.solve(gram, x @ shares[1:].T).T  # [C + 1, K] -> [K, C + 1]
     if not weight.isfinite().all():
-        raise ValueError("expected finite features, found others")
+        raise ValueError("expected finite features, found NaN or infinity")
 
     logits = F.conv2d(test, weight[:, :, None, None])  # [N, C + 1, H, W] -> [N, K, H, W]
     logits = F.interpolate(logits, test_masks.shape[1:], mode="bilinear")  # [N, K, h, w]

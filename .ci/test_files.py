@@ -341,7 +341,7 @@ def test_probe_refuses_what_would_look_like_a_result():
     nn.init.constant_(nan.weight, np.nan)
     for words, *arguments in (
         ("beside 255", network, images, 255 * masks, images, masks),  # one class is ignored
-        ("two whole numbers", network, images, masks / 2, images, masks),
+        ("expected integers", network, images, masks / 2, images, masks),
         ("finite features", nan, images, masks, images, masks),
         (r"in \[0, 1\], found 0 to 255", network, images.float(), masks, images, masks),
         ("expected masks", network, images, masks, images, masks[:1]),
