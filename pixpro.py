@@ -395,7 +395,7 @@ class PixPro(nn.Module):
         self.instance_weight = instance_weight
         self.objective = objective
         self.temperature = temperature
-        self.backbone = backbone.train()
+        self.backbone = backbone.train()  # as its momentum copy is, whatever mode it came in
         self.projector = projection_head(backbone.out_channels, hidden_dim, dim)
         if objective == "pixpro":
             self.propagation = PixelPropagation(dim, gamma, num_layers)
